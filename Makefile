@@ -1,0 +1,46 @@
+# Everything runs from .venv, which the first target asked for makes. `make help` lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow lint bench memory clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## make .venv and install the lab into it
+
+# Depends on pyproject.toml: a changed dependency brings the environment up to date at the next `make`.
+# The stamp is written last, so an interrupted installation is taken up again.
+$(READY): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing PyTorch, Triton and the lab into $(VENV) (about 5.5 GB, a few minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+train: $(READY)  ## train SimpleNet on the embedded images through the Triton kernels
+	$(BIN)/python -m train.run simplenet --conv triton
+
+# Two workers share two cores: one thread each, or they fight over both.
+test: $(READY)  ## the tests that together take a few minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(READY)  ## the tests marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check .
+
+bench: $(READY)  ## time forward, gradients and a training step for each convolution
+	$(BIN)/python -m pytest bench/ --benchmark-only
+
+memory: $(READY)  ## account for the memory of a training step of SimpleNet
+	$(BIN)/python -m bench.memory simplenet
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

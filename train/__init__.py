@@ -1,0 +1,1 @@
+"""Training: data, recipes, the loop, its files, and the command `python -m train.run`."""

@@ -1,0 +1,98 @@
+"""What every command of the lab shares: mistakes are told in one line, with exit code 2 and no traceback."""
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+
+class UserError(Exception):
+    """Something its user can put right; the message is the one line that says what."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line instead of a page of usage.
+
+    `prog` is how the command is typed, as in "python -m train.run"; errors begin "train.run: error:".
+    """
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, error_line(self.prog, message))
+
+
+def error_line(prog: str, message: str) -> str:
+    return f"{prog.removeprefix('python -m ')}: error: {' '.join(message.split())}\n"
+
+
+def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None], argv: list[str] | None):
+    """Parses `argv`, calls `main`, and exits 2 with one line on stderr for what a user can cause.
+
+    That is UserError, OSError (missing files, full disks) and Ctrl-C; anything else is a bug and keeps its traceback.
+    """
+    arguments = parser.parse_args(argv)
+    try:
+        main(arguments)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except KeyboardInterrupt:
+        message = "interrupted"
+    else:
+        return
+    sys.stderr.write(error_line(parser.prog, message))
+    sys.exit(2)
+
+
+def number(kind: type, *, above: float | None = None, least: float | None = None) -> Callable[[str], Any]:
+    """An argparse type: an int or float within its bounds, infinities and NaN excluded."""
+
+    def parse(text: str):
+        noun = "a whole number" if kind is int else "a number"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}") from None
+        if not abs(value) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text} must be above {above}")
+        if least is not None and value < least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        return value
+
+    return parse
+
+
+class StopRequest:
+    """True once SIGINT (Ctrl-C) or SIGTERM has asked the process to stop."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Inside the block the first SIGINT or SIGTERM only sets the request; a second one has its usual effect."""
+    request = StopRequest()
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore():
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def ask(_number, _frame):
+        request.asked = True
+        restore()
+
+    for signal_number in usual:
+        signal.signal(signal_number, ask)
+    try:
+        yield request
+    finally:
+        restore()

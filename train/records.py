@@ -1,0 +1,74 @@
+"""metrics.csv, steps.csv and TensorBoard events: what a run measured, kept in step with its checkpoint."""
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from train.files import read_csv, write_csv
+
+EPOCH_COLUMNS = (
+    "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
+    "images_per_s", "data_wait_pct",
+)
+STEP_COLUMNS = ("step", "lr", "loss")
+
+
+class Records:
+    """The rows of both tables, as strings; `write` brings the files up to date."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.epochs: list[dict[str, str]] = []
+        self.steps: list[dict[str, str]] = []
+        self._events: list[Event] = []
+
+    def add_step(self, step: int, lr: float, loss: float) -> None:
+        """`step` counts from 1; `lr` is the rate it was made with."""
+        self.steps.append({"step": str(step), "lr": f"{lr:.9g}", "loss": f"{loss:.9g}"})
+        self._add_event(step, {"step/loss": loss, "step/lr": lr})
+
+    def add_epoch(self, step: int, row: dict[str, Any]) -> None:
+        """A row of EPOCH_COLUMNS; `step` is where TensorBoard shows it."""
+        self.epochs.append({name: f"{row[name]:.6g}" for name in EPOCH_COLUMNS})
+        self._add_event(step, {f"epoch/{name}": value for name, value in row.items() if name != "epoch"})
+
+    def write(self) -> None:
+        """Both CSV files anew, and the events since the last call after the earlier ones; raises OSError."""
+        write_csv(self.folder / "steps.csv", STEP_COLUMNS, self.steps)
+        write_csv(self.folder / "metrics.csv", EPOCH_COLUMNS, self.epochs)
+        if self._events:
+            append_events(self.folder, self._events)
+            self._events = []
+
+    def read(self, *, up_to_step: int, up_to_epoch: int) -> None:
+        """The rows on disk as far as a checkpoint reaches; TensorBoard is told to forget those beyond it."""
+        self.steps = read_csv(self.folder / "steps.csv")[:up_to_step]
+        self.epochs = read_csv(self.folder / "metrics.csv")[:up_to_epoch]
+        start = SessionLog(status=SessionLog.START)
+        self._events = [Event(wall_time=time.time(), step=up_to_step + 1, session_log=start)]
+
+    def _add_event(self, step: int, scalars: dict[str, float]) -> None:
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._events.append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+
+def append_events(folder: Path, events: list[Event]) -> None:
+    """Adds to the folder's event file, or begins one.
+
+    Not by torch's SummaryWriter: it writes in a thread, where a full disk becomes a traceback of the thread's.
+    """
+    existing = sorted(folder.glob("events.out.tfevents.*"))
+    if not existing:
+        events = [Event(wall_time=time.time(), file_version="brain.Event:2"), *events]
+    name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
+    with open(existing[-1] if existing else folder / name, "ab") as file:
+        writer = RecordWriter(file)
+        for event in events:
+            writer.write(event.SerializeToString())
+        writer.flush()

@@ -1,0 +1,162 @@
+"""What a finished run leaves behind: summary.json, curves.png and the table at its end."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from kernels.runtime import backend_for
+from train.files import atomic_write, read_csv
+from train.recipes import Settings
+
+PACKAGES = ("torch", "triton", "torchvision", "torchmetrics", "numpy")
+TRAIN_COLOUR, VAL_COLOUR = "tab:blue", "tab:orange"
+
+
+def backend_of(conv: str, device: torch.device) -> str:
+    """Where a run's convolutions are computed: "compiled" or "interpreter" Triton, or "native" PyTorch operators.
+
+    Raises RuntimeError where Triton can do neither.
+    """
+    return backend_for(device) if conv == "triton" else "native"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+
+
+def describe_backend(backend: str, device: str) -> str:
+    return {
+        "compiled": f"compiled on {device}",
+        "interpreter": "interpreted on the CPU (Triton's interpreter)",
+        "native": f"native PyTorch on {device}",
+    }[backend]
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """{"kind": what was measured, "mib": its peak since the process began}."""
+    if device.type == "cuda":
+        kind, size = "peak of PyTorch's allocated GPU memory", torch.cuda.max_memory_allocated(device)
+    else:
+        # VmHWM rather than getrusage, whose peak a process inherits from the one that started it.
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        kind, size = "peak resident set of the process (CPU)", 1024 * int(status["VmHWM"].split()[0])
+    return {"kind": kind, "mib": round(size / 2**20, 1)}
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout these files are in, with "+changes" where it has any; None outside one."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None  # installed into somebody else's repository
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def summarise(
+    settings: Settings, device: torch.device, *, classes: int, train_images: int, val_images: int,
+    last: dict[str, str], best: dict[str, Any], images_per_s: float,
+) -> dict[str, Any]:
+    """The contents of summary.json; `last` is the final row of metrics.csv."""
+    return {
+        "model": settings.model,
+        "conv": settings.conv,
+        "backend": backend_of(settings.conv, device),
+        "device": device_name(device),
+        "data": settings.data,
+        "classes": classes,
+        "train_images": train_images,
+        "val_images": val_images,
+        "image_size": settings.image_size,
+        "recipe": settings.recipe,
+        "epochs": settings.epochs,
+        "val_top1": float(last["val_top1"]),
+        "val_top5": float(last["val_top5"]),
+        "val_top5_counts": min(5, classes),
+        "best_val_top1": best["val_top1"],
+        "best_epoch": best["epoch"],
+        "images_per_s": round(images_per_s, 1),
+        "memory": peak_memory(device),
+        "seed": settings.seed,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+            "cuda": torch.version.cuda,
+        },
+        "commit": git_commit(),
+    }
+
+
+def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
+    table = Table(box=box.ROUNDED, show_header=False, title=f"{summary['model']}, {summary['conv']} convolution")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    counts = summary["val_top5_counts"]
+    top5 = f"{summary['val_top5']:.2f}%"
+    if counts < 5:
+        top5 += f" (there are {counts} classes: always right)"
+    table.add_row("convolutions", describe_backend(summary["backend"], summary["device"]))
+    table.add_row("val top-1", f"{summary['val_top1']:.2f}%  (best {summary['best_val_top1']:.2f}%, epoch {summary['best_epoch']})")
+    table.add_row("val top-5", top5)
+    table.add_row("training speed", f"{summary['images_per_s']:,.1f} images/s")
+    table.add_row("memory", f"{summary['memory']['mib']:,.0f} MiB, {summary['memory']['kind']}")
+    table.add_row("run folder", str(folder))
+    console.print(table)
+    if summary["backend"] == "interpreter":
+        console.print(
+            "The interpreter shows that the kernels are right; its speed says nothing about theirs on a GPU.",
+            highlight=False,
+        )
+
+
+def draw_curves(folder: Path, title: str) -> None:
+    """curves.png from the folder's two CSV files: top-1, top-5, learning rate, loss per step."""
+    epochs, steps = read_csv(folder / "metrics.csv"), read_csv(folder / "steps.csv")
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure.suptitle(title)
+    (top1, top5), (rate, loss) = figure.subplots(2, 2)
+    draw_accuracy(top1, epochs, "top1", "top-1 (%)")
+    draw_accuracy(top5, epochs, "top5", "top-5 (%)")
+
+    numbers = [int(row["step"]) for row in steps]
+    rate.plot(numbers, [float(row["lr"]) for row in steps], color="tab:green")
+    rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    rate.ticklabel_format(axis="y", scilimits=(-2, 3))
+
+    losses = [float(row["loss"]) for row in steps]
+    loss.plot(numbers, losses, color=TRAIN_COLOUR, alpha=0.35, linewidth=0.8, label="each step")
+    window = max(1, len(steps) // 50)
+    smooth = [sum(losses[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
+    loss.plot(numbers, smooth, color=TRAIN_COLOUR, label=f"mean of {window}")
+    loss.set(xlabel="step", ylabel="training loss", ylim=(0, None))
+    loss.legend()
+    for axes in (top1, top5, rate, loss):
+        axes.grid(alpha=0.3)
+    with atomic_write(folder / "curves.png") as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def draw_accuracy(axes: Axes, epochs: list[dict[str, str]], column: str, label: str) -> None:
+    numbers = [int(row["epoch"]) for row in epochs]
+    for part, colour in (("train", TRAIN_COLOUR), ("val", VAL_COLOUR)):
+        values = [float(row[f"{part}_{column}"]) for row in epochs]
+        axes.plot(numbers, values, marker="o" if len(epochs) < 30 else None, color=colour, label=part)
+    axes.set(xlabel="epoch", ylabel=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
