@@ -1,0 +1,157 @@
+"""dx[n,ci,h,w] = sum_{co,r,s} dy[n,co,p,q] * w[co,ci,r,s]   over the (p, q) with h = p*SH+r*DH-PH, w = q*SW+s*DW-PW
+
+Residue classes: an input row h = a + SH*i meets only the filter rows with r*DH = a + PH (mod SH). Those are
+r = r0 + t*SH/g with g = gcd(SH, DH), and tap t reads output row p = i + p0 - t*DH/g. So each of the SH*SW classes
+(a, b) is a dense convolution of stride 1 with its own share of the filter, and no zero is ever inserted; a class that
+no tap meets writes zeros.
+
+Implicit GEMM of one class: M = its input pixels, N = Ci columns, K = its taps * Co terms, each group by itself; fp32
+accumulator (fp64 for fp64). Memory: dy [N, P, Q, Co] and w [Co, R, S, Ci/groups], dense; dx in any strides. Row
+offsets are int64.
+"""
+
+from math import gcd
+
+import torch
+import triton.language as tl
+
+from kernels import runtime, tiles
+from kernels.geometry import ConvGeometry
+
+
+@runtime.kernel
+def input_grad_kernel(
+    dy_ptr, w_ptr, dx_ptr,
+    N, H, W, CI, P, Q,
+    stride_xn, stride_xc, stride_xh, stride_xw,
+    CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DP: tl.constexpr, DQ: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    STEP_R: tl.constexpr, STEP_S: tl.constexpr, INVERSE_R: tl.constexpr, INVERSE_S: tl.constexpr,
+    GROUPS: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # CI, CO: channels of one group. A step of one class tap is STEP_R filter rows and DP output rows.
+    PITCH: tl.constexpr = GROUPS * CO
+    K_BLOCKS: tl.constexpr = (CO + BLOCK_K - 1) // BLOCK_K
+
+    # The residue class: its first row and column, how many it has, its first tap, and how many taps.
+    a = tl.program_id(2) // SW
+    b = tl.program_id(2) % SW
+    rows = (H - a + (SH - 1)) // SH
+    columns = (W - b + (SW - 1)) // SW
+    if SH == 1 and SW == 1:
+        r0 = 0
+        s0 = 0
+        taps_r = R
+        taps_s = S
+    else:
+        r0 = (a + PH) // (SH // STEP_R) * INVERSE_R % STEP_R
+        s0 = (b + PW) // (SW // STEP_S) * INVERSE_S % STEP_S
+        taps_r = tl.where((a + PH) % (SH // STEP_R) == 0, (tl.maximum(R - r0, 0) + (STEP_R - 1)) // STEP_R, 0)
+        taps_s = tl.where((b + PW) % (SW // STEP_S) == 0, (tl.maximum(S - s0, 0) + (STEP_S - 1)) // STEP_S, 0)
+
+    tiles_n = (CI + BLOCK_N - 1) // BLOCK_N
+    tile_m = tl.program_id(0) // tiles_n
+    tile_n = tl.program_id(0) % tiles_n
+    group = tl.program_id(1)
+
+    # The input pixels of this tile, and the output pixel that each one's first tap reads.
+    o_m = tile_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
+    j = o_m % tl.maximum(columns, 1)
+    i = o_m // tl.maximum(columns, 1) % tl.maximum(rows, 1)
+    n = o_m // tl.maximum(columns, 1) // tl.maximum(rows, 1)
+    stored = (n < N) & (rows > 0) & (columns > 0)
+    p = i + (a + PH - r0 * DH) // SH
+    q = j + (b + PW - s0 * DW) // SW
+    first_pixel = (n * P + p) * Q + q
+
+    # Taps that read inside dy are a range over rows and a range over columns; no rows past the last.
+    t_first = (tl.maximum(p - (P - 1), 0) + (DP - 1)) // DP
+    t_end = tl.where(stored, tl.maximum(p + DP, 0) // DP, 0)
+    u_first = (tl.maximum(q - (Q - 1), 0) + (DQ - 1)) // DQ
+    u_end = tl.maximum(q + DQ, 0) // DQ
+
+    # Columns past the last channel repeat it, inside the tensor, and are not stored.
+    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    o_k = tl.arange(0, BLOCK_K)  # [BK]
+    p_dy = dy_ptr + group * CO + o_k[None, :]  # [1, BK]
+    o_w = (group * CO + o_k).to(tl.int64)[:, None] * (R * S) * CI + tl.minimum(o_n, CI - 1)[None, :]
+    p_w = w_ptr + o_w  # [BK, BN]
+
+    acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
+    for k in range(0, taps_r * taps_s * K_BLOCKS):
+        t = k // K_BLOCKS // taps_s
+        u = k // K_BLOCKS % taps_s
+        c = k % K_BLOCKS * BLOCK_K
+        inside = (t >= t_first) & (t < t_end) & (u >= u_first) & (u < u_end)  # [BM]
+        # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
+        pixel = tl.where(inside, first_pixel - (t * (DP * Q) + u * DQ), 0)
+        p_row = p_dy + pixel.to(tl.int64)[:, None] * PITCH  # [BM, BK]
+        tap = (r0 + t * STEP_R) * S + s0 + u * STEP_S
+        o_tap = (tap + c * (R * S)) * CI
+        if CO % BLOCK_K == 0:
+            b_dy = tl.load(p_row + c, inside[:, None], other=0.0)
+            b_w = tl.load(p_w + o_tap)
+        else:
+            b_dy = tl.load(p_row + c, inside[:, None] & (c + o_k < CO)[None, :], other=0.0)
+            b_w = tl.load(p_w + o_tap, (c + o_k < CO)[:, None], other=0.0)
+        acc = tl.dot(b_dy, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
+
+    h = a + i * SH
+    w = b + j * SW
+    row = n.to(tl.int64) * stride_xn + h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
+    p_dx = dx_ptr + row[:, None] + ((group * CI + o_n).to(tl.int64) * stride_xc)[None, :]
+    tl.store(p_dx, acc.to(dx_ptr.dtype.element_ty), stored[:, None] & (o_n < CI)[None, :])
+
+
+def input_grad(
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    geometry: ConvGeometry,
+    *,
+    precision: str = "ieee",
+    memory_format: torch.memory_format = torch.channels_last,
+) -> torch.Tensor:
+    """dy (N, Co, P, Q), w (Co, Ci/groups, R, S) -> dx (N, Ci, H, W) in `memory_format`.
+
+    Both of one floating dtype on one device. They are copied if they are not channels-last. `precision` is "ieee" or
+    "tf32" and concerns float32 alone.
+    """
+    g = geometry
+    target = runtime.target_for(dy.device)
+    dx = runtime.empty(g.x_shape, "input gradient", dtype=dy.dtype, device=dy.device, memory_format=memory_format)
+    if dx.numel() == 0:
+        return dx
+    dy = runtime.channels_last(dy, "output gradient as channels-last")
+    w = runtime.channels_last(w, "weight as channels-last")
+    common_h, common_w = gcd(g.SH, g.DH), gcd(g.SW, g.DW)
+    step_r, step_s = g.SH // common_h, g.SW // common_w
+    rows = g.N * -(-g.H // g.SH) * -(-g.W // g.SW)
+    tile = tiles.pixel_tile(target, dy.dtype, precision, rows=rows, columns=g.Ci_group, terms=g.Co_group)
+    runtime.launch(
+        input_grad_kernel,
+        target,
+        (-(-rows // tile.M) * -(-g.Ci_group // tile.N), g.groups, g.SH * g.SW),
+        dy, w, dx,
+        g.N, g.H, g.W, g.Ci_group, g.P, g.Q, *dx.stride(),
+        CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW,
+        DP=g.DH // common_h, DQ=g.DW // common_w, DH=g.DH, DW=g.DW,
+        STEP_R=step_r, STEP_S=step_s,
+        # r0 solves r0 * DH/g = (a + PH)/g (mod SH/g).
+        INVERSE_R=pow(g.DH // common_h, -1, step_r), INVERSE_S=pow(g.DW // common_w, -1, step_s),
+        GROUPS=g.groups,
+        INDEX=runtime.index_type(g.N * g.P * g.Q, rows + tile.M),
+        ACC=runtime.accumulator(dy.dtype),
+        PRECISION=precision,
+        BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return dx
+
+
+@runtime.operation("input_grad")
+def _(geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> torch.Tensor:
+    dy = runtime.meta_channels_last(geometry.y_shape, dtype)
+    return input_grad(dy, runtime.meta_channels_last(geometry.w_shape, dtype), geometry, precision=precision)

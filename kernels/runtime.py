@@ -1,0 +1,262 @@
+"""Where a kernel runs: compiled on CUDA, in Triton's interpreter on the CPU, or compiled ahead for a named GPU.
+
+`triton.jit` decides between compiler and interpreter once, from an environment variable that must be set before
+Triton is imported, and `import torchvision` already imports it. Here both forms of a kernel are built from one
+function, and each launch picks by the device of its tensors, so that CPU and CUDA tensors work in one process.
+The price: a kernel may not call jitted helpers, and `tl.zeros`, `tl.sum`, `tl.max` and `tl.cdiv` are such helpers.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as triton_interpreter
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction, MockTensor
+
+from kernels.geometry import ConvGeometry
+
+INTERPRETER = "interpreter"
+
+# Compilation ahead of time swaps Triton's driver and interpretation patches `triton.language`: global state, which a
+# launch in another thread must not meet half way.
+_triton_lock = threading.RLock()
+_ahead = threading.local()
+_listeners: list[Callable[[int, str, torch.Tensor], None]] = []
+_operations: dict[str, Callable[..., object]] = {}
+
+
+class Kernel:
+    """A Triton kernel in both forms, made from one function by `@kernel`; see `launch`."""
+
+    def __init__(self, fn: Callable) -> None:
+        self.name = fn.__name__
+        self.compiled = JITFunction(fn)
+        self.interpreted = InterpretedFunction(fn)
+
+
+kernel = Kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a launch is made for."""
+
+    name: str
+    """"interpreter", or the GPU architecture as "sm_80"."""
+    multiprocessors: int
+    """Streaming multiprocessors of the device; 1 for the interpreter, which runs one program at a time."""
+
+
+# Of the best-known GPU of each generation: T4, A100, RTX 3090, L4, H100, B200, RTX 5090. A launch asks its device;
+# these serve compilation ahead of time only.
+MULTIPROCESSORS = {"sm_75": 40, "sm_80": 108, "sm_86": 82, "sm_89": 58, "sm_90": 132, "sm_100": 148, "sm_120": 170}
+
+
+def backend_for(device: torch.device | str) -> str:
+    """How kernels run on tensors of `device`: "compiled" or "interpreter".
+
+    Raises RuntimeError for devices other than CUDA and the CPU.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return "compiled"
+    if device.type == "cpu":
+        return INTERPRETER
+    raise RuntimeError(f"the Triton kernels run on cuda and cpu tensors, not on {device.type}")
+
+
+def target_for(device: torch.device) -> Target:
+    """The target of a launch on tensors of `device`; meta tensors stand for the GPU of `compiling_ahead`.
+
+    Raises RuntimeError for devices that no kernel runs on.
+    """
+    if device.type == "meta" and getattr(_ahead, "target", None) is not None:
+        return _ahead.target
+    if backend_for(device) == INTERPRETER:
+        return Target(INTERPRETER, 1)
+    properties = torch.cuda.get_device_properties(device)
+    return Target(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+@contextlib.contextmanager
+def on_allocate(listener: Callable[[int, str, torch.Tensor], None]) -> Iterator[None]:
+    """Calls `listener(nbytes, what, tensor)` for each buffer a launcher takes while the context is open.
+
+    A dispatch mode never looks inside a custom operator; this is how an accountant sees what is taken there:
+    outputs, split-K workspaces and layout copies.
+    """
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def empty(
+    shape: tuple[int, ...],
+    what: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> torch.Tensor:
+    """An uninitialised tensor, announced to the listeners of `on_allocate` as `what`."""
+    tensor = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+    for listener in tuple(_listeners):
+        listener(tensor.untyped_storage().nbytes(), what, tensor)
+    return tensor
+
+
+def channels_last(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """The 4-D tensor itself if its memory is dense (N, H, W, C), else a copy that is, announced as `what`."""
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    copy = empty(
+        tuple(tensor.shape), what, dtype=tensor.dtype, device=tensor.device, memory_format=torch.channels_last
+    )
+    return copy.copy_(tensor)
+
+
+def index_type(*extents: int) -> tl.dtype:
+    """The integer type that counts pixels: int32 while every extent fits it, else int64."""
+    return tl.int32 if max(extents) < 2**31 else tl.int64
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The type that products of `dtype` are summed in: float64 for float64, else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def launch(
+    kernel: Kernel, target: Target, grid: tuple[int, int, int], *args: torch.Tensor | int | None, **constants
+) -> None:
+    """Runs `kernel` over `grid`; `constants` are its compile-time arguments, with `num_warps` and `num_stages`.
+
+    Nothing is launched for meta tensors: the kernel is compiled for `target` and collected by `compiling_ahead`.
+    """
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if target.name == INTERPRETER:
+        _interpret(kernel, grid, args, constants)
+    elif tensors[0].is_meta:
+        stand_ins = [MockTensor(arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        _ahead.collected.append(kernel.compiled.warmup(*stand_ins, grid=grid, **constants))
+    else:
+        with _triton_lock, torch.cuda.device(tensors[0].device):
+            kernel.compiled[grid](*args, **constants)
+
+
+def _interpret(kernel: Kernel, grid: tuple[int, int, int], args: tuple, constants: dict) -> None:
+    # Triton's interpreter rounds to bfloat16 wrongly where a mantissa overflows (1.999 becomes 1.0) and multiplies
+    # bfloat16 bit patterns as integers, so such kernels run on float32 copies: products of bfloat16 values are exact
+    # there, and sums are float32 on a GPU too.
+    wide = [arg.float() if _is_bfloat16(arg) else arg for arg in args]
+    builder = triton_interpreter.interpreter_builder
+    options = builder.options
+    with _triton_lock, np.errstate(all="ignore"):
+        # Overflow checks make every integer operation ten; a compiled kernel has none either.
+        builder.options = replace(options, sanitize_overflow=False)
+        try:
+            kernel.interpreted[grid](*wide, **constants)
+        finally:
+            builder.options = options
+    for arg, copy in zip(args, wide, strict=True):
+        if _is_bfloat16(arg):
+            arg.copy_(copy)
+
+
+def _is_bfloat16(arg: object) -> bool:
+    return isinstance(arg, torch.Tensor) and arg.dtype == torch.bfloat16
+
+
+class _AheadDriver:
+    """What the JIT asks of a GPU's driver in order to specialise and compile, without the GPU."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(self.arch.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> str:
+        # The JIT keeps one cache a device; a name no real device has keeps these kernels apart.
+        return f"ahead of time for {self.arch}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_ahead(arch: str) -> Iterator[list[CompiledKernel]]:
+    """While open, launchers called on meta tensors compile for `arch` ("sm_80") instead of running.
+
+    The kernels are appended to the list that the context yields. Needs no GPU, and may be entered in a process
+    that also interprets or runs kernels.
+
+    Raises ValueError for an architecture that is not in `MULTIPROCESSORS`.
+    """
+    if arch not in MULTIPROCESSORS:
+        raise ValueError(f"unknown GPU architecture {arch!r}; known: {', '.join(MULTIPROCESSORS)}")
+    with _triton_lock:
+        active = driver._active
+        driver.set_active(_AheadDriver(arch))
+        _ahead.target, _ahead.collected = Target(arch, MULTIPROCESSORS[arch]), []
+        try:
+            yield _ahead.collected
+        finally:
+            _ahead.target = None
+            driver._active = active
+
+
+def operation(name: str) -> Callable[[Callable], Callable]:
+    """Registers `call(geometry, dtype, precision)`, which calls a launcher on meta tensors, for `compile_ahead`."""
+
+    def register(call: Callable[[ConvGeometry, torch.dtype, str], object]) -> Callable:
+        _operations[name] = call
+        return call
+
+    return register
+
+
+def compile_ahead(
+    op: str,
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float16,
+    precision: str = "ieee",
+    arch: str = "sm_80",
+) -> list[CompiledKernel]:
+    """The kernels that `op` would launch on a GPU of `arch`, compiled without one.
+
+    op is "forward" (with a bias), "input_grad" or "weight_grad"; x_shape (N, Ci, H, W), w_shape (Co, Ci/groups, R, S),
+    all tensors channels-last; precision is "ieee" or "tf32" and concerns float32 alone. The launcher itself picks tile
+    and arguments, on meta tensors, and the JIT itself specialises them. Each kernel has `.asm["cubin"]`, `.asm["ptx"]`
+    and `.metadata`.
+
+    Raises ValueError for an unknown operation, architecture or precision, RuntimeError for a geometry that does not fit.
+    """
+    if op not in _operations:
+        raise ValueError(f"unknown operation {op!r}; known: {', '.join(_operations)}")
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    geometry = ConvGeometry.of(x_shape, w_shape, stride, padding, dilation, groups)
+    with compiling_ahead(arch) as compiled:
+        _operations[op](geometry, dtype, precision)
+    return compiled
+
+
+def meta_channels_last(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A channels-last tensor without memory, as operands of `operation` calls are."""
+    return torch.empty(tuple(shape), dtype=dtype, device="meta", memory_format=torch.channels_last)

@@ -1,0 +1,180 @@
+"""dw[co,ci,r,s] = sum_{n,p,q} dy[n,co,p,q] * x[n,ci,p*SH+r*DH-PH,q*SW+s*DW-PW]
+
+Implicit GEMM: M = Co rows, N = R*S*Ci columns, K = N*P*Q terms, each group by itself; fp32 accumulator (fp64 for
+fp64). The reduction is long and the result small, so it is split over programs: each writes its partial sum to a
+workspace [splits, Co, R*S*Ci/groups], and a second kernel adds them up in a fixed order. No atomics: the same sum in
+every run.
+
+Memory: dy [N, P, Q, Co] and x [N, H, W, Ci], dense; dw in any strides. Row offsets are int64.
+"""
+
+import torch
+import triton.language as tl
+
+from kernels import runtime, tiles
+from kernels.geometry import ConvGeometry
+
+
+@runtime.kernel
+def weight_grad_kernel(
+    dy_ptr, x_ptr, dw_ptr,
+    ROWS, STEPS, H, W, CO, P, Q,
+    stride_wz, stride_wk, stride_wc, stride_wr, stride_ws,
+    CI: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FLAT: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # CI, CO: channels of one group. ROWS = N*P*Q output pixels; each split takes STEPS blocks of BLOCK_K of them.
+    PITCH_X: tl.constexpr = GROUPS * CI
+    N_BLOCKS: tl.constexpr = (CI + BLOCK_N - 1) // BLOCK_N
+    TILES_N: tl.constexpr = (R * S * CI + BLOCK_N - 1) // BLOCK_N if FLAT else R * S * N_BLOCKS
+
+    tile_m = tl.program_id(0) // TILES_N
+    tile_n = tl.program_id(0) % TILES_N
+    group = tl.program_id(1)
+    split = tl.program_id(2)
+
+    # Filter places of this tile. With enough channels a tile lies within one tap, and (r, s) are scalars.
+    if FLAT:
+        place = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+        r = place // (S * CI)
+        s = place // CI % S
+        c = place % CI
+        in_filter = place < R * S * CI
+    else:
+        r = tile_n // N_BLOCKS // S
+        s = tile_n // N_BLOCKS % S
+        c = tile_n % N_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+        in_filter = c < CI
+
+    # Rows past the last channel repeat it, inside the tensor, and are not stored.
+    o_co = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
+    p_dy = dy_ptr + (group * CO + tl.minimum(o_co, CO - 1))[None, :]  # [1, BM]
+    p_x = x_ptr + (group * CI + tl.minimum(c, CI - 1))[None, :]  # [1, BN]
+
+    o_k = (split * STEPS).to(INDEX) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK] output pixels
+    acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
+    for _ in range(0, STEPS):
+        q = o_k % Q
+        p = o_k // Q % P
+        n = o_k // Q // P
+        in_rows = o_k < ROWS
+        h = p * SH - PH
+        w = q * SW - PW
+        # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
+        if FLAT:
+            h_tap = h[:, None] + (r * DH)[None, :]  # [BK, BN]
+            w_tap = w[:, None] + (s * DW)[None, :]
+            inside = (h_tap >= 0) & (h_tap < H) & (w_tap >= 0) & (w_tap < W) & in_rows[:, None] & in_filter[None, :]
+            pixel = tl.where(inside, (n * H)[:, None] * W + h_tap * W + w_tap, 0)
+            b_x = tl.load(p_x + pixel.to(tl.int64) * PITCH_X, inside, other=0.0)
+        else:
+            h_tap = h + r * DH  # [BK]
+            w_tap = w + s * DW
+            inside = (h_tap >= 0) & (h_tap < H) & (w_tap >= 0) & (w_tap < W) & in_rows
+            pixel = tl.where(inside, (n * H + h_tap) * W + w_tap, 0)
+            b_x = tl.load(p_x + pixel.to(tl.int64)[:, None] * PITCH_X, inside[:, None], other=0.0)
+        row = tl.where(in_rows, o_k, 0).to(tl.int64) * (GROUPS * CO)
+        b_dy = tl.load(p_dy + row[:, None], in_rows[:, None], other=0.0)  # [BK, BM]
+        acc = tl.dot(tl.trans(b_dy), b_x, acc, input_precision=PRECISION, out_dtype=ACC)
+        o_k += BLOCK_K
+
+    o_row = split.to(tl.int64) * stride_wz + (group * CO + o_co).to(tl.int64) * stride_wk
+    o_place = c * stride_wc + r * stride_wr + s * stride_ws
+    p_dw = dw_ptr + o_row[:, None] + o_place[None, :]
+    tl.store(p_dw, acc.to(dw_ptr.dtype.element_ty), (o_co < CO)[:, None] & in_filter[None, :])
+
+
+@runtime.kernel
+def sum_splits_kernel(
+    partial_ptr, dw_ptr,
+    SPLITS, CI, R, S, ELEMENTS,
+    stride_wk, stride_wc, stride_wr, stride_ws,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # partial [SPLITS, Co, R, S, Ci], dense; ELEMENTS = Co*R*S*Ci.
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < ELEMENTS
+    p_partial = partial_ptr + place
+    total = tl.full((BLOCK,), 0, ACC)
+    for _ in range(0, SPLITS):
+        total += tl.load(p_partial, mask, other=0.0)
+        p_partial += ELEMENTS
+    c = place % CI
+    s = place // CI % S
+    r = place // CI // S % R
+    co = place // CI // S // R
+    p_dw = dw_ptr + co * stride_wk + c * stride_wc + r * stride_wr + s * stride_ws
+    tl.store(p_dw, total.to(dw_ptr.dtype.element_ty), mask)
+
+
+def weight_grad(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    geometry: ConvGeometry,
+    *,
+    precision: str = "ieee",
+    memory_format: torch.memory_format = torch.channels_last,
+) -> torch.Tensor:
+    """dy (N, Co, P, Q), x (N, Ci, H, W) -> dw (Co, Ci/groups, R, S) in `memory_format`.
+
+    Both of one floating dtype on one device. They are copied if they are not channels-last; on a GPU a workspace of
+    splits * dw elements in the accumulator's type is taken besides. `precision` is "ieee" or "tf32" and concerns
+    float32 alone.
+    """
+    g = geometry
+    target = runtime.target_for(dy.device)
+    dw = runtime.empty(g.w_shape, "weight gradient", dtype=dy.dtype, device=dy.device, memory_format=memory_format)
+    rows = g.N * g.P * g.Q
+    if rows == 0:
+        return dw.zero_()
+    dy = runtime.channels_last(dy, "output gradient as channels-last")
+    x = runtime.channels_last(x, "input as channels-last")
+    flat = tiles.few_channels(g)
+    places = g.R * g.S * g.Ci_group
+    tile = tiles.weight_tile(
+        target, dy.dtype, precision, rows=g.Co_group, columns=places if flat else g.Ci_group, terms=rows
+    )
+    tiles_n = -(-places // tile.N) if flat else g.R * g.S * -(-g.Ci_group // tile.N)
+    programs = -(-g.Co_group // tile.M) * tiles_n
+    steps = -(-rows // tile.K)
+    splits = tiles.splits(target, programs=programs * g.groups, steps=steps)
+    partial = dw
+    strides = (0, *dw.stride())
+    if splits > 1:
+        wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+        partial = runtime.empty((splits, g.Co, g.R, g.S, g.Ci_group), "split-K workspace", dtype=wide, device=dy.device)
+        stride_wz, stride_wk, stride_wr, stride_ws, stride_wc = partial.stride()
+        strides = (stride_wz, stride_wk, stride_wc, stride_wr, stride_ws)
+    runtime.launch(
+        weight_grad_kernel,
+        target,
+        (programs, g.groups, splits),
+        dy, x, partial,
+        rows, -(-steps // splits), g.H, g.W, g.Co_group, g.P, g.Q, *strides,
+        CI=g.Ci_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW, GROUPS=g.groups,
+        FLAT=flat,
+        INDEX=runtime.index_type(g.N * g.H * g.W, rows + splits * tile.K),
+        ACC=runtime.accumulator(dy.dtype),
+        PRECISION=precision,
+        BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        block = 1024
+        runtime.launch(
+            sum_splits_kernel,
+            target,
+            (-(-dw.numel() // block), 1, 1),
+            partial, dw, splits, g.Ci_group, g.R, g.S, dw.numel(), *dw.stride(),
+            ACC=runtime.accumulator(dy.dtype), BLOCK=block, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return dw
+
+
+@runtime.operation("weight_grad")
+def _(geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> torch.Tensor:
+    dy = runtime.meta_channels_last(geometry.y_shape, dtype)
+    return weight_grad(dy, runtime.meta_channels_last(geometry.x_shape, dtype), geometry, precision=precision)
