@@ -17,12 +17,12 @@ from kernels.geometry import ConvGeometry
 @runtime.kernel
 def forward_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr,
-    ROWS, H, W, CO, P, Q,
+    ROWS, H, W, P, Q,
     stride_yn, stride_yc, stride_yp, stride_yq,
-    CI: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    CI: tl.constexpr, CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     GROUPS: tl.constexpr,
-    FLAT: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    FLAT: tl.constexpr, INDEX: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # CI, CO: channels of one group. ROWS = N*P*Q output pixels.
@@ -46,11 +46,11 @@ def forward_kernel(
     w = q * SW - PW
     first_pixel = (n * H + h) * W + w
 
-    # Taps that fall inside the image are a range of filter rows and a range of filter columns; no rows past the last.
+    # Taps that fall inside the image are a range of filter rows and a range of filter columns; none past the last row.
     r_first = (tl.maximum(-h, 0) + (DH - 1)) // DH
-    r_end = tl.where(o_m < ROWS, (tl.maximum(H - h, 0) + (DH - 1)) // DH, 0)
+    r_end = tl.where(o_m < ROWS, tl.minimum((tl.maximum(H - h, 0) + (DH - 1)) // DH, R), 0)
     s_first = (tl.maximum(-w, 0) + (DW - 1)) // DW
-    s_end = (tl.maximum(W - w, 0) + (DW - 1)) // DW
+    s_end = tl.minimum((tl.maximum(W - w, 0) + (DW - 1)) // DW, S)
 
     # Columns past the last channel repeat it, inside the tensor, and are not stored.
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
@@ -72,24 +72,30 @@ def forward_kernel(
             # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
             pixel = tl.where(inside, first_pixel[:, None] + (r * (DH * W) + s * DW)[None, :], 0)  # [BM, BK]
             b_x = tl.load(x_ptr + group * CI + pixel.to(tl.int64) * PITCH + (term % CI)[None, :], inside, other=0.0)
-            b_w = tl.load(p_w + k, (term < TERMS)[:, None], other=0.0)
+            b_w = tl.load(p_w + tl.where(term < TERMS, k, -o_k)[:, None], (term < TERMS)[:, None], other=0.0)
             acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
     else:
+        # The taps inside, as one integer a row, so that the loop tests one bit: bit r*S+s, over both ranges. The sum of
+        # 2**(r*S) over a range of r is a geometric series.
+        one = tl.full((BLOCK_M,), 1, BITS)
+        row_bits = ((one << tl.maximum(r_end, r_first) * S) - (one << r_first * S)) // (2**S - 1)
+        taps = row_bits * ((one << tl.maximum(s_end, s_first)) - (one << s_first))  # [BM]
+        row_step = W * DH
         # One flattened loop over (tap, channel block), so that loads of the next tap are in flight during this one.
         for k in range(0, TAPS * K_BLOCKS):
-            r = k // K_BLOCKS // S
-            s = k // K_BLOCKS % S
             c = k % K_BLOCKS * BLOCK_K
-            term = k // K_BLOCKS * CI + k % K_BLOCKS * BLOCK_K
-            inside = (r >= r_first) & (r < r_end) & (s >= s_first) & (s < s_end)  # [BM]
-            pixel = tl.where(inside, first_pixel + (r * (DH * W) + s * DW), 0)
-            p_row = p_x + pixel.to(tl.int64)[:, None] * PITCH  # [BM, BK]
+            inside = ((taps >> k // K_BLOCKS) & 1) != 0  # [BM]
+            # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
+            pixel = tl.where(inside, first_pixel + (k // K_BLOCKS // S * row_step + k // K_BLOCKS % S * DW), 0)
+            row = pixel.to(tl.int64)[:, None] * PITCH
             if CI % BLOCK_K == 0:
-                b_x = tl.load(p_row + c, inside[:, None], other=0.0)
-                b_w = tl.load(p_w + term)
+                b_x = tl.load(p_x + (row + c), inside[:, None], other=0.0)
+                b_w = tl.load(p_w + k * BLOCK_K)
             else:
-                b_x = tl.load(p_row + c, inside[:, None] & (c + o_k < CI)[None, :], other=0.0)
-                b_w = tl.load(p_w + term, (c + o_k < CI)[:, None], other=0.0)
+                in_group = c + o_k < CI
+                lane = tl.where(in_group, c, -o_k)  # past the last channel: back to the first, inside the tensor
+                b_x = tl.load(p_x + lane[None, :] + row, inside[:, None] & in_group[None, :], other=0.0)
+                b_w = tl.load(p_w + (k // K_BLOCKS * CI + lane)[:, None], in_group[:, None], other=0.0)
             acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
 
     if b_ptr is not None:
@@ -121,24 +127,17 @@ def forward(
     x = runtime.channels_last(x, "input as channels-last")
     w = runtime.channels_last(w, "weight as channels-last")
     rows = g.N * g.P * g.Q
-    flat = tiles.few_channels(g)
-    tile = tiles.pixel_tile(
-        target,
-        x.dtype,
-        precision,
-        rows=rows,
-        columns=g.Co_group,
-        terms=g.R * g.S * g.Ci_group if flat else g.Ci_group,
-    )
+    tile = tiles.forward_tile(target, g, x.dtype, precision)
     runtime.launch(
         forward_kernel,
         target,
         (-(-rows // tile.M) * -(-g.Co_group // tile.N), g.groups, 1),
         x, w, bias, y,
-        rows, g.H, g.W, g.Co_group, g.P, g.Q, *y.stride(),
-        CI=g.Ci_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW, GROUPS=g.groups,
-        FLAT=flat,
+        rows, g.H, g.W, g.P, g.Q, *y.stride(),
+        CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW, GROUPS=g.groups,
+        FLAT=tile.flat,
         INDEX=runtime.index_type(g.N * g.H * g.W, rows + tile.M),
+        BITS=runtime.index_type(2 ** (g.R * g.S)),
         ACC=runtime.accumulator(x.dtype),
         PRECISION=precision,
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,

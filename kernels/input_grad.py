@@ -22,14 +22,14 @@ from kernels.geometry import ConvGeometry
 @runtime.kernel
 def input_grad_kernel(
     dy_ptr, w_ptr, dx_ptr,
-    N, H, W, CI, P, Q,
+    N, H, W, P, Q,
     stride_xn, stride_xc, stride_xh, stride_xw,
-    CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    CI: tl.constexpr, CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DP: tl.constexpr, DQ: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     STEP_R: tl.constexpr, STEP_S: tl.constexpr, INVERSE_R: tl.constexpr, INVERSE_S: tl.constexpr,
     GROUPS: tl.constexpr,
-    INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # CI, CO: channels of one group. A step of one class tap is STEP_R filter rows and DP output rows.
@@ -67,36 +67,46 @@ def input_grad_kernel(
     q = j + (b + PW - s0 * DW) // SW
     first_pixel = (n * P + p) * Q + q
 
-    # Taps that read inside dy are a range over rows and a range over columns; no rows past the last.
+    # Taps that read inside dy are a range over rows and a range over columns; none past the last row.
     t_first = (tl.maximum(p - (P - 1), 0) + (DP - 1)) // DP
-    t_end = tl.where(stored, tl.maximum(p + DP, 0) // DP, 0)
+    t_end = tl.where(stored, tl.minimum(tl.maximum(p + DP, 0) // DP, taps_r), 0)
     u_first = (tl.maximum(q - (Q - 1), 0) + (DQ - 1)) // DQ
-    u_end = tl.maximum(q + DQ, 0) // DQ
+    u_end = tl.minimum(tl.maximum(q + DQ, 0) // DQ, taps_s)
 
     # Columns past the last channel repeat it, inside the tensor, and are not stored.
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    channel = o_n if CI % BLOCK_N == 0 else tl.minimum(o_n, CI - 1)
     o_k = tl.arange(0, BLOCK_K)  # [BK]
     p_dy = dy_ptr + group * CO + o_k[None, :]  # [1, BK]
-    o_w = (group * CO + o_k).to(tl.int64)[:, None] * (R * S) * CI + tl.minimum(o_n, CI - 1)[None, :]
-    p_w = w_ptr + o_w  # [BK, BN]
+    p_w = w_ptr + (group * CO + o_k).to(tl.int64)[:, None] * (R * S * CI) + channel[None, :]  # [BK, BN]
 
+    if BITS is not None:
+        # The taps inside, as one integer a row (see forward.py): bit t*S+u.
+        one = tl.full((BLOCK_M,), 1, BITS)
+        row_bits = ((one << tl.maximum(t_end, t_first) * S) - (one << t_first * S)) // (2**S - 1)
+        taps = row_bits * ((one << tl.maximum(u_end, u_first)) - (one << u_first))  # [BM]
+    row_step = Q * DP
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
     for k in range(0, taps_r * taps_s * K_BLOCKS):
         t = k // K_BLOCKS // taps_s
         u = k // K_BLOCKS % taps_s
         c = k % K_BLOCKS * BLOCK_K
-        inside = (t >= t_first) & (t < t_end) & (u >= u_first) & (u < u_end)  # [BM]
-        # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
-        pixel = tl.where(inside, first_pixel - (t * (DP * Q) + u * DQ), 0)
-        p_row = p_dy + pixel.to(tl.int64)[:, None] * PITCH  # [BM, BK]
-        tap = (r0 + t * STEP_R) * S + s0 + u * STEP_S
-        o_tap = (tap + c * (R * S)) * CI
-        if CO % BLOCK_K == 0:
-            b_dy = tl.load(p_row + c, inside[:, None], other=0.0)
-            b_w = tl.load(p_w + o_tap)
+        if BITS is not None:
+            inside = ((taps >> (t * S + u)) & 1) != 0  # [BM]
         else:
-            b_dy = tl.load(p_row + c, inside[:, None] & (c + o_k < CO)[None, :], other=0.0)
-            b_w = tl.load(p_w + o_tap, (c + o_k < CO)[:, None], other=0.0)
+            inside = (t >= t_first) & (t < t_end) & (u >= u_first) & (u < u_end)
+        # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
+        pixel = tl.where(inside, first_pixel - (t * row_step + u * DQ), 0)
+        row = pixel.to(tl.int64)[:, None] * PITCH
+        tap = (r0 + t * STEP_R) * S + s0 + u * STEP_S
+        if CO % BLOCK_K == 0:
+            b_dy = tl.load(p_dy + (row + c), inside[:, None], other=0.0)
+            b_w = tl.load(p_w + (tap + c * (R * S)) * CI)
+        else:
+            in_group = c + o_k < CO
+            lane = tl.where(in_group, c, -o_k)  # past the last channel: back to the first, inside the tensor
+            b_dy = tl.load(p_dy + lane[None, :] + row, inside[:, None] & in_group[None, :], other=0.0)
+            b_w = tl.load(p_w + ((tap + lane * (R * S)) * CI)[:, None], in_group[:, None], other=0.0)
         acc = tl.dot(b_dy, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
 
     h = a + i * SH
@@ -129,20 +139,21 @@ def input_grad(
     common_h, common_w = gcd(g.SH, g.DH), gcd(g.SW, g.DW)
     step_r, step_s = g.SH // common_h, g.SW // common_w
     rows = g.N * -(-g.H // g.SH) * -(-g.W // g.SW)
-    tile = tiles.pixel_tile(target, dy.dtype, precision, rows=rows, columns=g.Ci_group, terms=g.Co_group)
+    tile = tiles.input_grad_tile(target, g, dy.dtype, precision)
     runtime.launch(
         input_grad_kernel,
         target,
         (-(-rows // tile.M) * -(-g.Ci_group // tile.N), g.groups, g.SH * g.SW),
         dy, w, dx,
-        g.N, g.H, g.W, g.Ci_group, g.P, g.Q, *dx.stride(),
-        CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW,
+        g.N, g.H, g.W, g.P, g.Q, *dx.stride(),
+        CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW,
         DP=g.DH // common_h, DQ=g.DW // common_w, DH=g.DH, DW=g.DW,
         STEP_R=step_r, STEP_S=step_s,
         # r0 solves r0 * DH/g = (a + PH)/g (mod SH/g).
         INVERSE_R=pow(g.DH // common_h, -1, step_r), INVERSE_S=pow(g.DW // common_w, -1, step_s),
         GROUPS=g.groups,
         INDEX=runtime.index_type(g.N * g.P * g.Q, rows + tile.M),
+        BITS=runtime.index_type(2 ** (g.R * g.S)) if g.R * g.S < 63 else None,
         ACC=runtime.accumulator(dy.dtype),
         PRECISION=precision,
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,

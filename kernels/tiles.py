@@ -1,9 +1,8 @@
-"""Tile choices: data, and the rule that picks from it.
+"""Tile choices: data, and the rules that pick from it.
 
-A tile is the block of the implicit GEMM that one program computes. GPU tiles are chosen by generation and by the
-width of the operands; the interpreter has its own, because it pays about 40 us for each Python operation and
-about 12 ns for each element loaded, whatever the block (one CPU thread of the machine the tests run on), so that few
-large blocks win.
+A tile is the block of the implicit GEMM that one program computes. GPU tiles are chosen by generation and by the width
+of the operands. Triton's interpreter has its own: it pays for each Python operation and for each element loaded,
+whatever the block, so that few large blocks win.
 """
 
 from dataclasses import dataclass, replace
@@ -28,6 +27,8 @@ class Tile:
     """Warps of 32 threads that share the block."""
     num_stages: int = 3
     """Steps of the main loop in flight at once, by asynchronous copies."""
+    flat: bool = False
+    """Whether a block of the filter runs over (r, s, channel) as one axis, instead of staying within one tap."""
 
 
 # tl.dot wants blocks of at least 16 on each side.
@@ -36,11 +37,11 @@ SMALLEST = 16
 # Triton refuses blocks of more elements.
 LARGEST_BLOCK = 2**20
 
-# Rows of an interpreted block: enough that Python's price is spread thin, few enough that blocks stay in cache.
-INTERPRETER_ROWS = 8192
+# Taps that fit the bits of one integer; a larger filter is walked as one flat axis.
+MOST_TAP_BITS = 62
 
-# (first generation it serves, bytes of an operand) -> tile of forward and input gradient. Checked for spills by
-# tests/test_compile_ahead.py.
+# (first generation it serves, bytes of an operand) -> tile of forward and input gradient. tests/test_compile_ahead.py
+# holds each of them to no spills.
 PIXEL_TILES = {
     # No tensor cores under Triton before sm_80: everything is FFMA, and wider or deeper blocks spill.
     (75, 2): Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
@@ -48,8 +49,18 @@ PIXEL_TILES = {
     (75, 8): Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),
     # 64 channels of fp16 are one 128-byte line a row: 16-byte asynchronous copies, fully coalesced.
     (80, 2): Tile(M=128, N=64, K=64, num_warps=4, num_stages=3),
-    # TF32 tiles are as many bytes as the fp16 ones.
+    # As many bytes as the fp16 tile, for TF32.
     (80, 4): Tile(M=128, N=64, K=32, num_warps=4, num_stages=3),
+    (80, 8): Tile(M=64, N=32, K=16, num_warps=4, num_stages=2),
+}
+
+# The same for forward over few channels, where each element has a mask and an address of its own in registers.
+FLAT_TILES = {
+    (75, 2): Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
+    (75, 4): Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
+    (75, 8): Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),
+    (80, 2): Tile(M=128, N=64, K=16, num_warps=4, num_stages=2),
+    (80, 4): Tile(M=128, N=64, K=16, num_warps=4, num_stages=2),
     (80, 8): Tile(M=64, N=32, K=16, num_warps=4, num_stages=2),
 }
 
@@ -63,8 +74,13 @@ WEIGHT_TILES = {
     (80, 8): Tile(M=32, N=32, K=16, num_warps=4, num_stages=2),
 }
 
-# IEEE fp32 has no tensor cores on any generation; sm_80's larger tile spills there as on sm_75.
+# IEEE fp32 has no tensor cores on any generation; the TF32 tiles would spill.
 IEEE_FP32_TILE = Tile(M=64, N=64, K=16, num_warps=4, num_stages=2)
+
+# The interpreter's prices, measured on one thread of a 2-core AMD EPYC (numpy 2.4, Triton 3.8). They only rank blocks.
+INTERPRETED_STEP = 3e-3  # seconds of Python for one step of a main loop
+INTERPRETED_LOAD = 15e-9  # seconds for an element's address, mask and load
+INTERPRETER_ROWS = 8192  # more rows than this to a block, and its temporaries leave the cache
 
 
 def power_of_two(n: int) -> int:
@@ -72,29 +88,40 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def few_channels(geometry: ConvGeometry) -> bool:
-    """Whether a filter row has too few channels for a step of its own, so that one step should span several taps."""
-    return geometry.Ci_group < SMALLEST and geometry.R * geometry.S > 1
+def forward_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> Tile:
+    """The forward product's tile: rows are output pixels, columns output channels of a group."""
+    g = geometry
+    flat = (g.Ci_group < SMALLEST and g.R * g.S > 1) or g.R * g.S > MOST_TAP_BITS
+    terms = g.R * g.S * g.Ci_group if flat else g.Ci_group
+    table = FLAT_TILES if flat else PIXEL_TILES
+    return replace(_pixel_tile(table, target, dtype, precision, g.N * g.P * g.Q, g.Co_group, terms), flat=flat)
 
 
-def pixel_tile(target: Target, dtype: torch.dtype, precision: str, *, rows: int, columns: int, terms: int) -> Tile:
-    """The tile of a GEMM whose rows are pixels: `rows` x `columns`, reducing over runs of `terms` channels."""
+def input_grad_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> Tile:
+    """The input gradient's tile: rows are input pixels of one residue class, columns input channels of a group."""
+    g = geometry
+    rows = g.N * -(-g.H // g.SH) * -(-g.W // g.SW)
+    return _pixel_tile(PIXEL_TILES, target, dtype, precision, rows, g.Ci_group, g.Co_group)
+
+
+def weight_grad_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> Tile:
+    """The weight gradient's tile: rows are output channels of a group, columns filter places, terms output pixels."""
+    g = geometry
+    places = g.R * g.S * g.Ci_group
     if target.name == INTERPRETER:
-        K = min((256, 128, 64), key=lambda K: -(-terms // K) * K) if terms > 32 else power_of_two(terms)
-        N = min(power_of_two(columns), 256)
-        M = min(power_of_two(rows), INTERPRETER_ROWS, LARGEST_BLOCK // max(N, K))
-        return Tile(M=M, N=N, K=K)
-    tile = _lookup(PIXEL_TILES, target, dtype, precision)
-    return replace(tile, N=_shrink(tile.N, columns), K=_shrink(tile.K, terms))
-
-
-def weight_tile(target: Target, dtype: torch.dtype, precision: str, *, rows: int, columns: int, terms: int) -> Tile:
-    """The tile of the weight gradient: `rows` output channels x `columns` filter places, reducing over `terms` pixels."""
-    if target.name == INTERPRETER:
-        M, N = min(power_of_two(rows), 512), min(power_of_two(columns), 512)
-        return Tile(M=M, N=N, K=min(power_of_two(terms), INTERPRETER_ROWS, LARGEST_BLOCK // max(M, N)))
+        rows = g.N * g.P * g.Q
+        M = min(power_of_two(g.Co_group), 512)
+        # Wide blocks load dy less often, but the last one is partly empty.
+        N = min(
+            (min(power_of_two(places), N) for N in (512, 256, 128, 64)),
+            key=lambda N: -(-places // N) * (INTERPRETED_STEP + INTERPRETED_LOAD * rows * (N + M)),
+        )
+        return Tile(M=M, N=N, K=min(power_of_two(rows), INTERPRETER_ROWS, LARGEST_BLOCK // max(M, N)), flat=True)
+    flat = g.Ci_group < SMALLEST and g.R * g.S > 1
     tile = _lookup(WEIGHT_TILES, target, dtype, precision)
-    return replace(tile, M=_shrink(tile.M, rows), N=_shrink(tile.N, columns))
+    return replace(
+        tile, M=_fit(tile.M, g.Co_group), N=_fit(tile.N, places if flat else g.Ci_group), flat=flat
+    )
 
 
 def splits(target: Target, *, programs: int, steps: int) -> int:
@@ -108,7 +135,20 @@ def splits(target: Target, *, programs: int, steps: int) -> int:
     return max(1, min(wanted, steps // 4))
 
 
-def _lookup(table: dict[tuple[int, int], Tile], target: Target, dtype: torch.dtype, precision: str) -> Tile:
+def _pixel_tile(
+    table: dict, target: Target, dtype: torch.dtype, precision: str, rows: int, columns: int, terms: int
+) -> Tile:
+    if target.name == INTERPRETER:
+        # The block that wastes least on the last step; among equals the largest.
+        K = min((256, 128, 64), key=lambda K: -(-terms // K) * K) if terms > 32 else power_of_two(terms)
+        N = min(power_of_two(columns), 256)
+        M = min(power_of_two(rows), INTERPRETER_ROWS, LARGEST_BLOCK // max(N, K))
+        return Tile(M=M, N=N, K=K)
+    tile = _lookup(table, target, dtype, precision)
+    return replace(tile, N=_fit(tile.N, columns), K=_fit(tile.K, terms))
+
+
+def _lookup(table: dict, target: Target, dtype: torch.dtype, precision: str) -> Tile:
     generation = int(target.name.removeprefix("sm_"))
     if generation >= 80 and dtype == torch.float32 and precision == "ieee":
         return IEEE_FP32_TILE
@@ -116,5 +156,8 @@ def _lookup(table: dict[tuple[int, int], Tile], target: Target, dtype: torch.dty
     return table[max(served), dtype.itemsize]
 
 
-def _shrink(block: int, extent: int) -> int:
-    return max(SMALLEST, min(block, power_of_two(extent)))
+def _fit(block: int, extent: int) -> int:
+    """The largest power of two up to `block` that divides the extent, if it is not too small: a block without a
+    remainder needs no mask, and a masked one loses its 16-byte loads."""
+    divisor = min(block, extent & -extent)
+    return divisor if divisor >= SMALLEST else max(SMALLEST, min(block, power_of_two(extent)))

@@ -18,9 +18,9 @@ from kernels.geometry import ConvGeometry
 @runtime.kernel
 def weight_grad_kernel(
     dy_ptr, x_ptr, dw_ptr,
-    ROWS, STEPS, H, W, CO, P, Q,
+    ROWS, STEPS, H, W, P, Q,
     stride_wz, stride_wk, stride_wc, stride_wr, stride_ws,
-    CI: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    CI: tl.constexpr, CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     GROUPS: tl.constexpr,
     FLAT: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,10 +49,12 @@ def weight_grad_kernel(
         c = tile_n % N_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
         in_filter = c < CI
 
-    # Rows past the last channel repeat it, inside the tensor, and are not stored.
+    # Channels past the last repeat it, inside the tensor, and are not stored.
     o_co = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
-    p_dy = dy_ptr + (group * CO + tl.minimum(o_co, CO - 1))[None, :]  # [1, BM]
-    p_x = x_ptr + (group * CI + tl.minimum(c, CI - 1))[None, :]  # [1, BN]
+    co = o_co if CO % BLOCK_M == 0 else tl.minimum(o_co, CO - 1)
+    ci = c if CI % BLOCK_N == 0 else tl.minimum(c, CI - 1)
+    p_dy = dy_ptr + (group * CO + co)[None, :]  # [1, BM]
+    p_x = x_ptr + (group * CI + ci)[None, :]  # [1, BN]
 
     o_k = (split * STEPS).to(INDEX) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK] output pixels
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
@@ -63,18 +65,19 @@ def weight_grad_kernel(
         in_rows = o_k < ROWS
         h = p * SH - PH
         w = q * SW - PW
+        first_pixel = (n * H + h) * W + w
         # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
         if FLAT:
             h_tap = h[:, None] + (r * DH)[None, :]  # [BK, BN]
             w_tap = w[:, None] + (s * DW)[None, :]
             inside = (h_tap >= 0) & (h_tap < H) & (w_tap >= 0) & (w_tap < W) & in_rows[:, None] & in_filter[None, :]
-            pixel = tl.where(inside, (n * H)[:, None] * W + h_tap * W + w_tap, 0)
+            pixel = tl.where(inside, first_pixel[:, None] + (r * DH * W + s * DW)[None, :], 0)
             b_x = tl.load(p_x + pixel.to(tl.int64) * PITCH_X, inside, other=0.0)
         else:
             h_tap = h + r * DH  # [BK]
             w_tap = w + s * DW
             inside = (h_tap >= 0) & (h_tap < H) & (w_tap >= 0) & (w_tap < W) & in_rows
-            pixel = tl.where(inside, (n * H + h_tap) * W + w_tap, 0)
+            pixel = tl.where(inside, first_pixel + (r * DH * W + s * DW), 0)
             b_x = tl.load(p_x + pixel.to(tl.int64)[:, None] * PITCH_X, inside[:, None], other=0.0)
         row = tl.where(in_rows, o_k, 0).to(tl.int64) * (GROUPS * CO)
         b_dy = tl.load(p_dy + row[:, None], in_rows[:, None], other=0.0)  # [BK, BM]
@@ -132,12 +135,8 @@ def weight_grad(
         return dw.zero_()
     dy = runtime.channels_last(dy, "output gradient as channels-last")
     x = runtime.channels_last(x, "input as channels-last")
-    flat = tiles.few_channels(g)
-    places = g.R * g.S * g.Ci_group
-    tile = tiles.weight_tile(
-        target, dy.dtype, precision, rows=g.Co_group, columns=places if flat else g.Ci_group, terms=rows
-    )
-    tiles_n = -(-places // tile.N) if flat else g.R * g.S * -(-g.Ci_group // tile.N)
+    tile = tiles.weight_grad_tile(target, g, dy.dtype, precision)
+    tiles_n = -(-g.R * g.S * g.Ci_group // tile.N) if tile.flat else g.R * g.S * -(-g.Ci_group // tile.N)
     programs = -(-g.Co_group // tile.M) * tiles_n
     steps = -(-rows // tile.K)
     splits = tiles.splits(target, programs=programs * g.groups, steps=steps)
@@ -153,9 +152,9 @@ def weight_grad(
         target,
         (programs, g.groups, splits),
         dy, x, partial,
-        rows, -(-steps // splits), g.H, g.W, g.Co_group, g.P, g.Q, *strides,
-        CI=g.Ci_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW, GROUPS=g.groups,
-        FLAT=flat,
+        rows, -(-steps // splits), g.H, g.W, g.P, g.Q, *strides,
+        CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW, GROUPS=g.groups,
+        FLAT=tile.flat,
         INDEX=runtime.index_type(g.N * g.H * g.W, rows + splits * tile.K),
         ACC=runtime.accumulator(dy.dtype),
         PRECISION=precision,
