@@ -80,18 +80,18 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Inside the block the first SIGINT or SIGTERM only sets the request; a second one has its usual effect."""
     request = StopRequest()
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def restore():
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+        for signum, handler in usual.items():
+            signal.signal(signum, handler)
 
-    def ask(_number, _frame):
+    def ask(_signum, _frame):
         request.asked = True
         restore()
 
-    for signal_number in usual:
-        signal.signal(signal_number, ask)
+    for signum in usual:
+        signal.signal(signum, ask)
     try:
         yield request
     finally:

@@ -74,7 +74,7 @@ def flatten(classes: dict[str, list[Path]]) -> ImageFiles:
 
 
 def read_images(paths: Sequence[Path], side: int, *, title: str, console: Console) -> Tensor:
-    """(N, 3, side, side) uint8: short side scaled to `side`, centre square cut out. Raises UserError naming a bad file."""
+    """(N, 3, side, side) uint8: short side scaled to `side`, centre square. Raises UserError naming a bad file."""
     images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
     # Pillow decodes and scales outside the interpreter's lock, so threads use every core.
     pool = ThreadPoolExecutor(os.cpu_count())

@@ -1,4 +1,4 @@
-"""The training loop: epochs of steps, a validation after each, and everything kept so that it can go on from any step."""
+"""The training loop: epochs of steps, a validation after each, and a position from which it can go on exactly."""
 
 import math
 import time
@@ -139,7 +139,7 @@ class Trainer:
 
     def fail(self, loss: float, lr: float) -> None:
         self.records.write()
-        held = f"last.pt holds the end of epoch {self.epoch}" if self.epoch else "nothing was saved yet"
+        held = f"last.pt holds the end of epoch {self.epoch}" if self.epoch else "no epoch was finished"
         raise UserError(f"the loss became {loss} at step {self.step + 1} with learning rate {lr:.3g}; {held}")
 
     def save(self, *, is_best: bool = False, val_top1: float | None = None) -> None:

@@ -9,13 +9,15 @@ from train.recipes import Settings
 
 
 def initialise(model: nn.Module, init: str) -> None:
-    """Redraws the weights for init "kaiming" (He et al. 2015, fan-in, gain sqrt(2) before a ReLU); "pytorch" keeps them."""
+    """Redraws the weights for "kaiming" (He et al. 2015: fan-in, gain sqrt(2) before a ReLU); "pytorch" keeps them."""
     if init == "pytorch":
         return
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             before = "relu" if isinstance(module, nn.Conv2d) else "linear"
-            nn.init.kaiming_normal_(module.weight, nonlinearity=before)
+            # Drawn in a plain tensor: filling a channels-last one would deal the same numbers out in another order.
+            drawn = nn.init.kaiming_normal_(torch.empty(module.weight.shape), nonlinearity=before)
+            module.weight.data.copy_(drawn)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

@@ -69,7 +69,7 @@ RECIPES = {
         flip=False,
         crop=False,
     ),
-    # The course write-up's. Of its augmentation the flip and the crop are here; colour, rotation and change of scale are not.
+    # The course write-up's. Of its augmentation the flip and the crop are here; colour, rotation and scale are not.
     "writeup": Settings(
         recipe="writeup",
         epochs=60,

@@ -17,7 +17,7 @@ from kernels.runtime import backend_for
 from train.files import atomic_write, read_csv
 from train.recipes import Settings
 
-PACKAGES = ("torch", "triton", "torchvision", "torchmetrics", "numpy")
+PACKAGES = ("triton", "torchvision", "torchmetrics", "numpy")
 TRAIN_COLOUR, VAL_COLOUR = "tab:blue", "tab:orange"
 
 
@@ -30,7 +30,12 @@ def backend_of(conv: str, device: torch.device) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    """As its maker calls it: "NVIDIA H200", "CPU (AMD EPYC 7B13)"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"CPU ({names[0] if names else platform.machine()})"
 
 
 def describe_backend(backend: str, device: str) -> str:
@@ -96,6 +101,7 @@ def summarise(
         "seed": settings.seed,
         "versions": {
             "python": platform.python_version(),
+            "torch": str(torch.__version__),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
             "cuda": torch.version.cuda,
         },
@@ -112,7 +118,8 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     if counts < 5:
         top5 += f" (there are {counts} classes: always right)"
     table.add_row("convolutions", describe_backend(summary["backend"], summary["device"]))
-    table.add_row("val top-1", f"{summary['val_top1']:.2f}%  (best {summary['best_val_top1']:.2f}%, epoch {summary['best_epoch']})")
+    best = f"best {summary['best_val_top1']:.2f}%, epoch {summary['best_epoch']}"
+    table.add_row("val top-1", f"{summary['val_top1']:.2f}%  ({best})")
     table.add_row("val top-5", top5)
     table.add_row("training speed", f"{summary['images_per_s']:,.1f} images/s")
     table.add_row("memory", f"{summary['memory']['mib']:,.0f} MiB, {summary['memory']['kind']}")

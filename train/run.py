@@ -38,6 +38,7 @@ which is then split. Without a GPU the Triton kernels run in Triton's interprete
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m train.run",
+        usage="python -m train.run MODEL [options]\n       python -m train.run --resume DIR",
         description="Train a model on images and write its curves, checkpoints and a summary into a run folder.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,18 +47,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     whole = number(int, above=0)
     add = parser.add_argument
-    add("model", nargs="?", choices=list(models.MODELS), help="what to train (with --resume it may be left out)")
+    add("model", nargs="?", default=None, choices=list(models.MODELS), help="what to train (not needed by --resume)")
     add("--conv", choices=list(models.CONVOLUTIONS), help="which convolution computes it (default: triton)")
-    add("--data", metavar="fashion-mini|PATH", help="the embedded images, or a folder of class folders (default: fashion-mini)")
+    add("--data", metavar="fashion-mini|PATH", help="the embedded images (the default), or a folder of class folders")
     add("--recipe", choices=list(RECIPES), help="settings to start from (default: see below)")
     add("--epochs", type=whole, metavar="N", help="passes over the training images")
     add("--batch-size", type=whole, metavar="N", help="images a training step")
     add("--lr", type=number(float, above=0), metavar="X", help="highest learning rate of the schedule")
-    add("--image-size", type=number(int, least=8), metavar="N", help="side of the images in pixels (default: 32 for fashion-mini, else 128)")
+    add("--image-size", type=number(int, least=8), metavar="N", help="side of the images (fashion-mini: 32, else 128)")
     add("--limit-train", type=whole, metavar="N", help="use only N training images, evenly over the classes")
     add("--limit-val", type=whole, metavar="N", help="use only N validation images, evenly over the classes")
     add("--device", choices=["auto", "cpu", "cuda"], help="where to train (default: auto, the GPU if there is one)")
-    add("--seed", type=number(int, least=0), metavar="N", help="of initial weights, order and augmentation (default: 0)")
+    add("--seed", type=number(int, least=0), metavar="N", help="of weights, order and augmentation (default: 0)")
     add("--out", type=Path, metavar="DIR", help="the run folder (default: runs/<model>-<conv>-<time>)")
     add("--resume", type=Path, metavar="DIR", help="go on with the run in DIR, with the settings it began with")
     return parser
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def command(arguments: argparse.Namespace) -> None:
-    typed = vars(arguments)
+    typed = {name: value for name, value in vars(arguments).items() if value is not None}
     console = Console()
     if "resume" in typed:
         resume(typed, console)
@@ -176,7 +177,11 @@ def make_trainer(settings: Settings, folder: Path, console: Console) -> Trainer:
     except RuntimeError as error:
         raise UserError(str(error)) from error
     train_data, val_data = load_data(
-        settings.data, settings.image_size, limit_train=settings.limit_train, limit_val=settings.limit_val, console=console
+        settings.data,
+        settings.image_size,
+        limit_train=settings.limit_train,
+        limit_val=settings.limit_val,
+        console=console,
     )
     require_classes(train_data)
     console.print(

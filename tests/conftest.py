@@ -1,0 +1,52 @@
+"""Fixtures that more than one test file uses."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train.run
+
+
+@pytest.fixture
+def make_images() -> Callable[..., Path]:
+    """make_images(root, {"train/cat": 3, ...}) writes that many small distinct JPEGs into each folder."""
+
+    def make(root: Path, counts: dict[str, int], size: tuple[int, int] = (24, 20)) -> Path:
+        noise = np.random.default_rng(0)
+        for folder, count in counts.items():
+            (root / folder).mkdir(parents=True)
+            for i in range(count):
+                pixels = noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / folder / f"{i:03}.jpg")
+        return root
+
+    return make
+
+
+@pytest.fixture
+def train_run(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """train_run("simplenet", "--epochs", "1") -> (exit code, stdout, stderr), run in this process inside tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = 0
+        try:
+            train.run.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run() -> tuple[str, ...]:
+    """Arguments of a training that takes a second: three epochs of four steps with PyTorch's convolution."""
+    return (
+        "simplenet", "--conv", "torch", "--device", "cpu",
+        "--epochs", "3", "--batch-size", "16", "--limit-train", "64", "--limit-val", "20",
+    )

@@ -1,0 +1,274 @@
+"""Training: recipes, schedule, metrics, the files of a run, and what happens when it goes wrong."""
+
+import csv
+import dataclasses
+import errno
+import itertools
+import json
+import math
+import os
+import subprocess
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import models
+import train.files
+from train.meter import Meter
+from train.optim import learning_rate
+from train.recipes import RECIPES, default_recipe
+
+RUN_FILES = {"config.json", "metrics.csv", "steps.csv", "summary.json", "curves.png", "last.pt", "best.pt"}
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- recipes and schedule
+
+
+def test_writeup_recipe_is_the_writeups():
+    recipe = RECIPES["writeup"]
+    assert (recipe.optimizer, recipe.momentum, recipe.batch_size) == ("sgd", 0.9, 256)
+    assert (recipe.lr, recipe.weight_decay) == (0.1, 1e-4)
+    assert (recipe.warmup_epochs, recipe.epochs) == (5, 60)
+
+
+@pytest.mark.parametrize(
+    ("data", "device", "recipe"),
+    [
+        ("fashion-mini", "cpu", "quick"),
+        ("fashion-mini", "cuda", "quick"),
+        ("/photos", "cpu", "quick"),
+        ("/photos", "cuda", "writeup"),
+    ],
+)
+def test_default_recipe(data, device, recipe):
+    assert default_recipe(data, device) == recipe
+
+
+def test_learning_rate_warms_up_per_step_and_comes_down_to_nothing():
+    settings, per_epoch = RECIPES["writeup"], 390
+    rates = [learning_rate(step, settings, per_epoch) for step in range(60 * per_epoch)]
+    warmup = 5 * per_epoch
+    assert rates[0] == pytest.approx(0.1 / warmup)
+    assert rates[warmup - 1] == rates[warmup] == 0.1
+    increments = {round(b - a, 12) for a, b in itertools.pairwise(rates[:warmup])}
+    assert len(increments) == 1
+    assert all(a > b for a, b in itertools.pairwise(rates[warmup:]))
+    middle = (warmup + len(rates)) // 2
+    assert rates[middle] == pytest.approx(0.05)
+    assert 0 < rates[-1] < 1e-7
+
+
+def test_a_short_trial_of_a_long_recipe_still_reaches_its_rate_and_comes_down():
+    settings = dataclasses.replace(RECIPES["writeup"], epochs=2)
+    rates = [learning_rate(step, settings, 10) for step in range(20)]
+    assert max(rates) == 0.1
+    assert rates[-1] < 0.01
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5, 10])
+def test_meter_counts_as_the_definition_does(classes):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(60, classes), torch.randint(classes, (60,))
+    meter = Meter(classes, torch.device("cpu"))
+    for part in (slice(0, 50), slice(50, 60)):  # batches of unequal size weigh by their images
+        meter.update(logits[part], labels[part], torch.nn.functional.cross_entropy(logits[part], labels[part]))
+    ranked = logits.argsort(descending=True)
+    loss, top1, top5 = meter.compute()
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
+    assert top1 == pytest.approx(100 * (ranked[:, 0] == labels).float().mean().item())
+    assert top5 == pytest.approx(100 * (ranked[:, :5] == labels[:, None]).any(1).float().mean().item())
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+@pytest.fixture
+def finished(train_run, tiny_run, tmp_path):
+    """(run folder, stdout) of a tiny run."""
+    code, out, err = train_run(*tiny_run, "--out", "run")
+    assert (code, err) == (0, "")
+    return tmp_path / "run", out
+
+
+def test_a_run_leaves_the_files_of_the_contract_and_no_others(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents.")}
+    assert len(events) == 1
+    assert names - events == RUN_FILES
+
+
+def test_tables_have_the_columns_of_the_contract(finished):
+    folder, _ = finished
+    epochs, steps = rows(folder / "metrics.csv"), rows(folder / "steps.csv")
+    assert list(epochs[0]) == [
+        "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
+        "images_per_s", "data_wait_pct",
+    ]
+    assert [row["epoch"] for row in epochs] == ["1", "2", "3"]
+    assert list(steps[0]) == ["step", "lr", "loss"]
+    assert [int(row["step"]) for row in steps] == list(range(1, 13))
+    for row in epochs:
+        assert all(0 <= float(row[name]) <= 100 for name in row if "top" in name or "pct" in name)
+        assert float(row["train_top5"]) >= float(row["train_top1"])
+    mean = sum(float(row["loss"]) for row in steps[8:]) / 4
+    assert float(epochs[2]["train_loss"]) == pytest.approx(mean, rel=1e-4)
+
+
+def test_summary_says_what_ran_where(finished):
+    folder, _ = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    wanted = {"model": "simplenet", "conv": "torch", "backend": "native", "data": "fashion-mini", "epochs": 3}
+    assert {name: summary[name] for name in wanted} == wanted
+    assert summary["seed"] == 0
+    assert summary["val_top1"] == float(rows(folder / "metrics.csv")[-1]["val_top1"])
+    assert summary["device"].startswith("CPU")
+    assert summary["memory"]["kind"] == "peak resident set of the process (CPU)"
+    assert summary["memory"]["mib"] > 100  # torch alone is more
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["images_per_s"] > 0
+    assert "commit" in summary
+
+
+def test_curves_are_a_picture(finished):
+    folder, _ = finished
+    with Image.open(folder / "curves.png") as image:
+        image.load()
+        assert image.size[0] > 800
+
+
+def test_events_hold_every_step_and_epoch(finished):
+    folder, _ = finished
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("step/loss")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("epoch/val_top1")] == [4, 8, 12]
+    value = events.Scalars("step/loss")[-1].value
+    assert value == pytest.approx(float(rows(folder / "steps.csv")[-1]["loss"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_checkpoints_rebuild_the_model_with_weights_only_loading(finished, name):
+    folder, _ = finished
+    saved = torch.load(folder / name, weights_only=True)
+    model = models.build(saved["settings"]["model"], "torch", len(saved["classes"]), saved["settings"]["image_size"])
+    model.load_state_dict(saved["model"])
+    assert saved["classes"][0] == "T-shirt/top"
+
+
+def test_best_is_the_epoch_with_the_highest_top1(finished):
+    folder, _ = finished
+    accuracies = [float(row["val_top1"]) for row in rows(folder / "metrics.csv")]
+    best = torch.load(folder / "best.pt", weights_only=True)
+    assert best["val_top1"] == pytest.approx(max(accuracies))
+    assert best["epoch"] == 1 + accuracies.index(max(accuracies))
+
+
+def test_without_a_terminal_each_epoch_is_one_plain_line(finished):
+    _, out = finished
+    lines = out.splitlines()
+    assert [line.split("  ")[0] for line in lines if line.startswith("epoch ")] == [f"epoch {n}/3" for n in (1, 2, 3)]
+    assert "\r" not in out
+    assert "\x1b" not in out
+    assert len(lines) < 20
+    assert "native PyTorch on CPU" in out
+
+
+def test_the_seed_decides_the_run(train_run, tiny_run, tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        assert train_run(*tiny_run, "--seed", seed, "--out", name)[0] == 0
+    a, b, c = ((tmp_path / name / "steps.csv").read_text() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_the_default_folder_is_under_runs(train_run, tiny_run, tmp_path):
+    for _ in range(2):  # twice within a second must not collide
+        assert train_run(*tiny_run, "--epochs", "1")[0] == 0
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert len(folders) == 2
+    assert all(name.startswith("simplenet-torch-2") for name in folders)
+
+
+def test_fewer_than_five_classes_are_told_honestly(train_run, make_images, tmp_path):
+    make_images(tmp_path / "d", {"train/cat": 8, "train/dog": 8, "val/cat": 4, "val/dog": 4})
+    where = ("--data", "d", "--image-size", "16", "--device", "cpu", "--out", "r")
+    code, out, _ = train_run("simplenet", "--conv", "torch", "--epochs", "1", *where)
+    assert code == 0
+    assert "there are 2 classes: always right" in out
+    assert json.loads((tmp_path / "r/summary.json").read_text())["val_top5_counts"] == 2
+    assert json.loads((tmp_path / "r/config.json").read_text())["data"] == str(tmp_path / "d")
+
+
+# ---------------------------------------------------------------- when it goes wrong
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tiny_run, train_run, tmp_path, monkeypatch
+):
+    forward = models.SimpleNet.forward
+    calls = []
+
+    def explode_in_the_second_epoch(self, x):
+        calls.append(1)
+        return forward(self, x) * (math.inf if len(calls) == 7 else 1)  # 4 steps, 1 validation batch, 2 steps
+
+    monkeypatch.setattr(models.SimpleNet, "forward", explode_in_the_second_epoch)
+    code, _, err = train_run(*tiny_run, "--out", "run")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "the loss became nan at step 6 with learning rate" in err
+    assert "last.pt holds the end of epoch 1" in err
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert saved["epoch"] == 1
+    assert all(value.isfinite().all() for value in saved["model"].values())
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    train.files.write_json(path, {"value": 1})
+
+    def full(_handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for target in (path, tmp_path / "b.json"):
+        with pytest.raises(OSError, match="No space left") as error:
+            train.files.write_json(target, {"value": 2})
+        assert error.value.filename == str(target)
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"),
+    [
+        pytest.param("1m", set(), id="not-even-best.pt"),
+        pytest.param("3m", {"best.pt"}, id="not-last.pt"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(size, kept, train_run, tiny_run, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    try:
+        code, _, err = train_run(*tiny_run, "--out", disk / "run")
+        assert code == 2
+        assert err.count("\n") == 1
+        assert "No space left on device" in err
+        names = {path.name for path in (disk / "run").iterdir()}
+        assert names & {"best.pt", "last.pt", "summary.json"} == kept
+        assert not any(name.endswith(".tmp") for name in names)
+        for name in kept:
+            torch.load(disk / "run" / name, weights_only=True)
+    finally:
+        subprocess.run(["umount", disk], check=True)

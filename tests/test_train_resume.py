@@ -1,0 +1,213 @@
+"""Stopping and going on: a run interrupted anywhere ends as it would have ended."""
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train.loop
+from train.cli import stop_on_signal
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 12  # of a tiny run: 3 epochs of 4
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_times(path):
+    """metrics.csv but for what depends on the clock."""
+    return [{name: row[name] for name in row if name not in ("images_per_s", "data_wait_pct")} for row in rows(path)]
+
+
+def same_run(a: Path, b: Path) -> None:
+    first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (a, b))
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    assert (a / "steps.csv").read_text() == (b / "steps.csv").read_text()
+    assert without_times(a / "metrics.csv") == without_times(b / "metrics.csv")
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (a, b)]
+    assert summaries[0]["val_top1"] == summaries[1]["val_top1"]
+    assert summaries[0]["best_epoch"] == summaries[1]["best_epoch"]
+
+
+@contextlib.contextmanager
+def stopping_after(steps: int, in_validation: bool = False):
+    """A run inside the block is asked to stop when it has made that many steps."""
+    name = "validate" if in_validation else "train_epoch"
+    original = getattr(train.loop.Trainer, name)
+
+    class Request:
+        def __init__(self, trainer):
+            self.trainer = trainer
+
+        def __bool__(self):
+            return self.trainer.step == steps
+
+    def with_request(trainer, display, _stop):
+        return original(trainer, display, Request(trainer))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.loop.Trainer, name, with_request)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("steps", "in_validation"),
+    [
+        pytest.param(0, False, id="before-the-first-step"),
+        pytest.param(1, False, id="in-the-first-epoch"),
+        pytest.param(4, True, id="in-the-first-validation"),
+        pytest.param(8, False, id="between-epochs"),
+        pytest.param(11, False, id="before-the-last-step"),
+        pytest.param(12, True, id="in-the-last-validation"),
+    ],
+)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(steps, in_validation, train_run, tiny_run, tmp_path):
+    assert train_run(*tiny_run, "--out", "whole")[0] == 0
+    with stopping_after(steps, in_validation):
+        code, _, err = train_run(*tiny_run, "--out", "stopped")
+    assert code == 2
+    assert err == (
+        f"train.run: error: stopped after step {steps}, saved in stopped/last.pt; "
+        "go on with: python -m train.run simplenet --resume stopped\n"
+    )
+    assert len(rows(tmp_path / "stopped/steps.csv")) == steps
+    assert train_run("simplenet", "--resume", "stopped")[0] == 0
+    same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(name, train_run, tiny_run, tmp_path):
+    many = (*tiny_run, "--epochs", "40", "--limit-val", "10")
+    assert train_run(*many, "--out", "whole")[0] == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.run", *many, "--out", str(tmp_path / "stopped")],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 3/"):
+            break
+    process.send_signal(name)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.count("\n") == 1
+    assert f"go on with: python -m train.run simplenet --resume {tmp_path / 'stopped'}" in err
+    assert train_run("--resume", "stopped")[0] == 0
+    same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_second_signal_has_its_usual_effect():
+    usual = signal.getsignal(signal.SIGINT)
+    with stop_on_signal() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is usual
+
+
+@pytest.fixture
+def stopped(train_run, tiny_run, tmp_path):
+    """The folder of a run stopped after step 6."""
+    with stopping_after(6):
+        assert train_run(*tiny_run, "--out", "stopped")[0] == 2
+    return tmp_path / "stopped"
+
+
+def test_rows_beyond_the_checkpoint_are_dropped(stopped, train_run):
+    """As after a kill between the writing of the tables and of last.pt."""
+    with open(stopped / "steps.csv", "a") as file:
+        file.write("7,0.1,99\n8,0.1,99\n")
+    with open(stopped / "metrics.csv", "a") as file:
+        file.write("2,0.1,9,9,9,9,9,9,9,9\n")
+    assert train_run("--resume", stopped)[0] == 0
+    steps, epochs = rows(stopped / "steps.csv"), rows(stopped / "metrics.csv")
+    assert [int(row["step"]) for row in steps] == list(range(1, STEPS + 1))
+    assert all(float(row["loss"]) < 90 for row in steps)
+    assert [row["epoch"] for row in epochs] == ["1", "2", "3"]
+    assert float(epochs[1]["val_loss"]) != 9
+
+
+def test_a_complete_run_is_shown_and_left_alone(train_run, tiny_run, tmp_path):
+    assert train_run(*tiny_run, "--out", "run")[0] == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    code, out, _ = train_run("--resume", "run")
+    assert code == 0
+    assert "is complete" in out
+    assert "val top-1" in out
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+
+
+def remove_checkpoint(folder):
+    (folder / "last.pt").unlink()
+
+
+def truncate_checkpoint(folder):
+    contents = (folder / "last.pt").read_bytes()
+    (folder / "last.pt").write_bytes(contents[: len(contents) // 2])
+
+
+def replace_by_text(folder):
+    (folder / "last.pt").write_text("hello")
+
+
+def replace_by_other_tensors(folder):
+    torch.save({"weight": torch.zeros(2)}, folder / "last.pt")
+
+
+def change_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"conv": "unfold"}))
+
+
+def truncate_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def rename_setting(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"colour": "red"}))
+
+
+def remove_everything(folder):
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (remove_checkpoint, "no checkpoint"),
+        (truncate_checkpoint, "last.pt is damaged"),
+        (replace_by_text, "last.pt is damaged"),
+        (replace_by_other_tensors, "not a checkpoint of this version"),
+        (change_config, "of other settings"),
+        (truncate_config, "config.json is damaged"),
+        (rename_setting, "config.json is damaged or of another version"),
+        (remove_everything, "no run to resume"),
+    ],
+)
+def test_what_cannot_be_resumed_is_one_line(harm, words, stopped, train_run):
+    harm(stopped)
+    code, _, err = train_run("--resume", stopped)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert err.startswith("train.run: error: ")
+    assert words in err
+
+
+def test_resuming_takes_no_other_settings(stopped, train_run):
+    code, _, err = train_run("simplenet", "--resume", stopped, "--lr", "0.5")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "leave out --lr" in err
