@@ -1,0 +1,45 @@
+"""What convolutions are held to: PyTorch's own in float64, within a rounding bound."""
+
+import torch
+from torch.nn.functional import conv2d as native_conv2d
+
+# Largest error of a result, as a share of the same convolution of absolute values: an element's rounding errors cannot
+# exceed (terms * epsilon) of that. Half-precision results are rounded once, from an fp32 accumulator: half an epsilon.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5.5e-4, torch.bfloat16: 4.1e-3}
+
+NAMES = ("y", "dx", "dw", "db")
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Normal values that are exact in `dtype`."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def results(conv2d, x, w, b, dy, **geometry) -> tuple[torch.Tensor | None, ...]:
+    """(y, dx, dw, db) of a convolution; dy None stands for ones."""
+    x, w, b = (t if t is None else t.detach().clone().requires_grad_() for t in (x, w, b))
+    y = conv2d(x, w, b, **geometry)
+    y.backward(torch.ones_like(y) if dy is None else dy)
+    return y.detach(), x.grad, w.grad, None if b is None else b.grad
+
+
+def assert_matches(conv2d, x_shape, w_shape, dtype=torch.float32, bias=True, device="cpu", layout=None, **geometry):
+    """Value and all gradients of conv2d on random operands agree with float64 within TOLERANCE of the dtype."""
+    x = random(*x_shape, dtype=dtype, seed=1).to(memory_format=layout or torch.contiguous_format)
+    w = random(*w_shape, dtype=dtype, seed=2).to(memory_format=layout or torch.contiguous_format)
+    b = random(w_shape[0], dtype=dtype, seed=3) if bias else None
+    y_shape = native_conv2d(x.double(), w.double(), **geometry).shape
+    dy = random(*y_shape, dtype=dtype, seed=4)
+    wide = [t if t is None else t.double() for t in (x, w, b, dy)]
+    expected = results(native_conv2d, *wide, **geometry)
+    bounds = results(native_conv2d, *(t if t is None else t.abs() for t in wide), **geometry)
+    actual = results(conv2d, *(t if t is None else t.to(device) for t in (x, w, b, dy)), **geometry)
+    for name, result, exact, bound in zip(NAMES, actual, expected, bounds, strict=True):
+        if exact is None:
+            assert result is None
+            continue
+        assert result.dtype == dtype, name
+        assert result.shape == exact.shape, name
+        excess = (result.cpu().double() - exact).abs() - TOLERANCE[dtype] * bound
+        assert not excess.isnan().any(), f"{name} has NaN"
+        assert excess.max() <= 0, f"{name} is off by {excess.max():.3g} more than rounding explains"

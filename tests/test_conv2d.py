@@ -1,0 +1,270 @@
+"""conv2d and its gradients, through the kernels, against PyTorch's convolution in float64."""
+
+import copy
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from reference import assert_matches, native_conv2d, random, results
+from torch import nn
+
+from kernels import Conv2d, conv2d, ops
+
+HALF = [torch.float16, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, *HALF]
+
+CASES = [
+    pytest.param((2, 16, 8, 8), (32, 16, 3, 3), {"padding": 1}, id="blocks-divide-everything"),
+    pytest.param((3, 17, 7, 5), (5, 17, 3, 2), {"stride": (2, 1), "padding": (1, 2)}, id="nothing-divides-a-block"),
+    pytest.param((2, 3, 20, 20), (8, 3, 7, 7), {"stride": 2, "padding": 3}, id="first-layer-three-channels"),
+    pytest.param((2, 24, 6, 6), (40, 24, 1, 1), {}, id="pointwise"),
+    pytest.param((2, 20, 9, 9), (6, 20, 1, 1), {"stride": 3}, id="stride-skips-pixels-that-get-zero-gradient"),
+    pytest.param((2, 18, 11, 13), (4, 18, 3, 3), {"stride": (3, 2), "dilation": (2, 3), "padding": 4},
+                 id="stride-and-dilation-coprime"),
+    pytest.param((1, 18, 15, 17), (4, 18, 3, 5), {"stride": (4, 6), "dilation": (2, 4), "padding": (3, 7)},
+                 id="stride-and-dilation-share-a-factor"),
+    pytest.param((1, 16, 9, 9), (4, 16, 2, 2), {"stride": 4, "dilation": 4}, id="stride-equals-dilation"),
+    pytest.param((2, 36, 6, 6), (8, 18, 3, 3), {"groups": 2, "padding": 1}, id="groups"),
+    pytest.param((2, 6, 9, 9), (12, 1, 3, 3), {"groups": 6, "stride": 2, "padding": 1}, id="depthwise-multiplier-2"),
+    pytest.param((1, 17, 9, 8), (3, 17, 9, 8), {}, id="filter-covers-image"),
+    pytest.param((1, 17, 12, 12), (2, 17, 9, 9), {"padding": 4}, id="more-taps-than-bits-in-an-integer"),
+    pytest.param((1, 16, 2, 2), (16, 16, 3, 3), {"padding": 6}, id="halo-larger-than-image"),
+    pytest.param((1, 16, 3, 1), (16, 16, 1, 1), {"stride": 5, "padding": 2}, id="one-column-mostly-halo"),
+    pytest.param((1, 1, 1, 1), (1, 1, 1, 1), {}, id="a-single-number"),
+    pytest.param((1, 300, 5, 5), (3, 300, 3, 3), {"padding": 1}, id="more-channels-than-a-block"),
+    pytest.param((2, 2, 70, 70), (3, 2, 3, 3), {"padding": 1}, id="more-pixels-than-a-block"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("x_shape", "w_shape", "geometry"), CASES)
+def test_float64_agrees(x_shape, w_shape, geometry):
+    assert_matches(conv2d, x_shape, w_shape, torch.float64, **geometry)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("x_shape", "w_shape", "geometry"), CASES[:6:2] + CASES[8:10])
+def test_narrower_dtypes_agree(x_shape, w_shape, geometry, dtype):
+    assert_matches(conv2d, x_shape, w_shape, dtype, **geometry)
+
+
+@pytest.mark.parametrize(("padding", "stride"), [(0, 1), (0, 3), (3, 3)])
+def test_the_write_ups_cases(padding, stride):
+    assert_matches(conv2d, (2, 3, 12, 12), (64, 3, 7, 7), torch.float64, padding=padding, stride=stride)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_sums_are_kept_wider_than_the_operands(dtype):
+    x = torch.ones(1, 4096, 1, 1, dtype=dtype)
+    assert conv2d(x, torch.ones_like(x)).item() == 4096  # a half-precision sum of ones stops at 2048 or 256
+
+
+def test_bfloat16_is_rounded_to_nearest_across_a_power_of_two():
+    x = torch.tensor([1.9921875, 1.5 * 2**-8], dtype=torch.bfloat16).view(1, 2, 1, 1)
+    assert conv2d(x, torch.ones_like(x)).item() == 2.0
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
+    "offset": lambda x: torch.cat([x, x])[x.shape[0] :].contiguous(memory_format=torch.channels_last)[:],
+    "every-other": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_in_and_the_strides_of_nn_conv2d_out(layout):
+    x = LAYOUTS[layout](random(2, 6, 5, 7, dtype=torch.float64, seed=0))
+    w = random(4, 6, 3, 3, dtype=torch.float64, seed=1)
+    for weight in (w, w.contiguous(memory_format=torch.channels_last)):
+        ours = results(conv2d, x, weight, None, None, padding=1)[:3]
+        native = results(native_conv2d, x, weight, None, None, padding=1)[:3]
+        for name, a, b in zip("y dx dw".split(), ours, native, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        assert ours[0].stride() == native[0].stride()
+
+
+def test_an_expanded_input_is_read_right():
+    x = random(1, 1, 6, 6, dtype=torch.float64, seed=0).expand(3, 4, 6, 6)
+    w = random(2, 4, 3, 3, dtype=torch.float64, seed=1)
+    torch.testing.assert_close(conv2d(x, w), native_conv2d(x, w))
+
+
+def test_unbatched_input_and_named_padding():
+    x, w = random(6, 9, 9, dtype=torch.float64, seed=0), random(4, 6, 4, 3, dtype=torch.float64, seed=1)
+    torch.testing.assert_close(conv2d(x, w, padding="valid"), native_conv2d(x, w, padding="valid"))
+    same = conv2d(x, w, padding="same", dilation=(1, 2))
+    assert same.shape == (4, 9, 9)
+    torch.testing.assert_close(same, native_conv2d(x, w, padding="same", dilation=(1, 2)))
+
+
+def test_an_empty_batch_has_empty_results_and_zero_weight_gradients():
+    x = torch.empty(0, 3, 8, 8)
+    y, dx, dw, db = results(conv2d, x, torch.ones(4, 3, 3, 3), torch.ones(4), None)
+    assert y.shape == (0, 4, 6, 6)
+    assert dx.shape == x.shape
+    assert dw.eq(0).all()
+    assert db.eq(0).all()
+
+
+def test_non_finite_values_pass_through_and_stay_where_they_belong():
+    x = torch.zeros(1, 16, 6, 6)
+    x[0, 0, 0, 0] = torch.inf
+    x[0, 1, 5, 5] = torch.nan
+    w = random(4, 16, 3, 3, dtype=torch.float32, seed=0)
+    torch.testing.assert_close(conv2d(x, w, padding=1), native_conv2d(x, w, padding=1), equal_nan=True)
+
+
+@pytest.mark.parametrize("asked", ["x", "w", "b", "xw", ""])
+def test_only_the_gradients_asked_for_are_computed(asked, monkeypatch):
+    calls = []
+    for name in ("input_grad", "weight_grad"):
+        launcher = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, _f=launcher, _n=name, **k: calls.append(_n) or _f(*a, **k))
+    operands = {"x": torch.ones(1, 3, 5, 5), "w": torch.ones(2, 3, 3, 3), "b": torch.ones(2)}
+    for name in asked:
+        operands[name].requires_grad_()
+    y = conv2d(*operands.values())
+    assert y.requires_grad == bool(asked)
+    if asked:
+        y.sum().backward()
+    assert sorted(calls) == sorted({"x": "input_grad", "w": "weight_grad"}[n] for n in asked if n in "xw")
+
+
+def test_gradcheck_of_the_write_ups_case_in_fast_mode():
+    x = random(2, 3, 12, 12, dtype=torch.float64, seed=0).requires_grad_()
+    w = random(64, 3, 7, 7, dtype=torch.float64, seed=1).requires_grad_()
+    b = random(64, dtype=torch.float64, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda *a: conv2d(*a, stride=2, padding=3), (x, w, b), eps=1e-4, atol=1e-5, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize(
+    "geometry", [{"padding": 1}, {"stride": 2, "padding": 1}, {"stride": (2, 3), "dilation": 2, "groups": 2}], ids=str
+)
+def test_second_order_by_gradgradcheck(geometry):
+    x = random(1, 4, 6, 7, dtype=torch.float64, seed=0).requires_grad_()
+    w = random(2, 4 // geometry.get("groups", 1), 3, 3, dtype=torch.float64, seed=1).requires_grad_()
+    b = random(2, dtype=torch.float64, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *a: conv2d(*a, **geometry), (x, w, b), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *a: conv2d(*a, **geometry), (x, w, b), fast_mode=True)
+
+
+def test_third_order_agrees():
+    def third(conv):
+        x = random(1, 2, 4, 4, dtype=torch.float64, seed=0).requires_grad_()
+        w = random(2, 2, 3, 3, dtype=torch.float64, seed=1).requires_grad_()
+        (dx,) = torch.autograd.grad(conv(x, w, padding=1).pow(3).sum(), x, create_graph=True)
+        (dw,) = torch.autograd.grad(dx.pow(2).sum(), w, create_graph=True)
+        return torch.autograd.grad(dw.pow(2).sum(), (x, w))
+
+    for ours, native in zip(third(conv2d), third(native_conv2d), strict=True):
+        torch.testing.assert_close(ours, native)
+
+
+def test_the_same_bits_every_time():
+    x, w = random(2, 32, 9, 9, dtype=torch.float32, seed=0), random(16, 32, 3, 3, dtype=torch.float32, seed=1)
+    first = results(conv2d, x, w, None, None, stride=2)[:3]
+    for _ in range(2):
+        assert all(map(torch.equal, results(conv2d, x, w, None, None, stride=2)[:3], first))
+
+
+def test_two_threads_at_once_give_what_one_gives():
+    shapes = [((2, 5, 9, 9), (7, 5, 3, 3)), ((3, 20, 6, 6), (4, 20, 1, 1))]
+    operands = [[random(*s, dtype=torch.float64, seed=i) for i, s in enumerate(pair)] for pair in shapes]
+    expected = [results(native_conv2d, x, w, None, None) for x, w in operands]
+    failures = []
+
+    def work(index: int) -> None:
+        for _ in range(8):
+            for a, b in zip(results(conv2d, *operands[index], None, None)[:3], expected[index], strict=False):
+                if not torch.allclose(a, b):
+                    failures.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+@pytest.mark.parametrize("imports", ["import torchvision, kernels", "import kernels, torchvision"])
+def test_torchvision_may_be_imported_before_or_after(imports):
+    code = (
+        f"{imports}\nimport torch\nfrom torch.nn.functional import conv2d\n"
+        "x, w = torch.ones(1, 2, 4, 4), torch.ones(1, 2, 3, 3)\n"
+        "assert torch.equal(kernels.conv2d(x, w), conv2d(x, w))\nprint('agrees')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "agrees\n", done.stderr
+
+
+def test_importing_us_changes_no_global_setting():
+    code = (
+        "import os, torch\n"
+        "state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ), torch.get_rng_state().sum())\n"
+        "before = state()\nimport kernels, models\nassert state() == before\nprint('unchanged')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "unchanged\n", done.stderr
+
+
+BAD_CALLS = [
+    pytest.param(dict(stride=0), "stride must be positive, got (0, 0)", id="zero-stride"),
+    pytest.param(dict(stride=(1, 2, 3)), "one or two values, got [1, 2, 3]", id="three-strides"),
+    pytest.param(dict(padding=-1), "padding must not be negative", id="negative-padding"),
+    pytest.param(dict(padding="sane"), "'sane'", id="misspelt-padding"),
+    pytest.param(dict(padding="same", stride=2), "'same' needs stride 1, got (2, 2)", id="same-with-stride"),
+    pytest.param(dict(dilation=0), "dilation must be positive", id="zero-dilation"),
+    pytest.param(dict(dilation=5), "11 x 11 pixels, is larger than the padded input, 8 x 8", id="too-dilated"),
+    pytest.param(dict(groups=0), "groups must be positive, got 0", id="no-groups"),
+    pytest.param(dict(groups=3), "4 output channels", id="groups-do-not-divide"),
+    pytest.param(dict(input=torch.ones(1, 2, 8, 8)), "expects 3 input channels", id="channels"),
+    pytest.param(dict(input=torch.ones(8, 8)), "3-D (unbatched) or 4-D", id="two-dimensional"),
+    pytest.param(dict(input=torch.ones(1, 3, 2, 8)), "larger than the padded input, 2 x 8", id="too-small"),
+    pytest.param(dict(input=torch.ones(1, 3, 8, 8).double()), "float64", id="mixed-dtypes"),
+    pytest.param(dict(input=torch.ones(1, 3, 8, 8).int()), "torch.int32", id="integers"),
+    pytest.param(dict(input=torch.ones(1, 3, 8, 8).cfloat()), "torch.complex64", id="complex"),
+    pytest.param(dict(bias=torch.ones(3)), "bias of shape [4], got [3]", id="bias-shape"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), BAD_CALLS)
+def test_bad_calls_are_refused_by_name_as_pytorch_refuses_them(changed, message):
+    call = {"input": torch.ones(1, 3, 8, 8), "weight": torch.ones(4, 3, 3, 3), **changed}
+    with pytest.raises(RuntimeError) as error:
+        conv2d(**call)
+    assert message in str(error.value)
+    if call["input"].dtype.is_floating_point:
+        with pytest.raises(RuntimeError):
+            native_conv2d(**call)
+
+
+@pytest.mark.parametrize("changed", [dict(stride="two"), dict(stride=1.5), dict(weight=[1.0])], ids=str)
+def test_arguments_of_the_wrong_kind_are_type_errors(changed):
+    with pytest.raises(TypeError):
+        conv2d(**{"input": torch.ones(1, 3, 8, 8), "weight": torch.ones(4, 3, 3, 3), **changed})
+
+
+def test_the_module_is_nn_conv2d_in_constructor_state_and_repr():
+    options = dict(kernel_size=(3, 2), stride=2, padding=(1, 0), dilation=1, groups=2, bias=False)
+    ours, native = Conv2d(4, 6, **options), nn.Conv2d(4, 6, **options)
+    assert repr(ours) == repr(native)
+    assert list(ours.state_dict()) == list(native.state_dict())
+    native.load_state_dict(copy.deepcopy(ours).state_dict())
+    x = random(1, 4, 7, 7, dtype=torch.float32, seed=0)
+    torch.testing.assert_close(ours(x), native(x))
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_modes_of_the_module(mode):
+    ours = Conv2d(3, 4, 3, padding=(2, 1), padding_mode=mode)
+    native = nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode=mode)
+    native.load_state_dict(ours.state_dict())
+    x = random(2, 3, 6, 7, dtype=torch.float32, seed=0)
+    torch.testing.assert_close(ours(x), native(x))

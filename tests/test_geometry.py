@@ -1,0 +1,39 @@
+"""Sizes of a convolution, checked without any kernel."""
+
+import itertools
+
+import pytest
+import torch
+
+from kernels.geometry import ConvGeometry, pair
+
+
+def test_output_sizes_are_pytorchs_over_a_grid_of_geometries():
+    checked = 0
+    for size, kernel, stride, padding, dilation in itertools.product((1, 4, 7, 8), (1, 2, 3), (1, 2, 3), (0, 1, 4), (1, 2)):
+        x, w = torch.empty(2, 4, size, size + 1, device="meta"), torch.empty(6, 2, kernel, 1, device="meta")
+        try:
+            expected = torch.nn.functional.conv2d(x, w, None, stride, padding, dilation, 2).shape
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                ConvGeometry.of(x.shape, w.shape, stride, padding, dilation, 2)
+            continue
+        assert ConvGeometry.of(x.shape, w.shape, stride, padding, dilation, 2).y_shape == expected
+        checked += 1
+    assert checked > 100
+
+
+def test_shapes_come_back_and_groups_divide_channels():
+    g = ConvGeometry.of((5, 12, 9, 8), (6, 4, 3, 2), (2, 1), (1, 0), 1, 3)
+    assert (g.x_shape, g.w_shape, g.y_shape) == ((5, 12, 9, 8), (6, 4, 3, 2), (5, 6, 5, 7))
+    assert (g.Ci_group, g.Co_group) == (4, 2)
+    assert g.multiply_adds == 5 * 6 * 5 * 7 * 4 * 3 * 2
+
+
+def test_pairs():
+    assert pair(3, "stride") == pair((3,), "stride") == (3, 3)
+    assert pair([1, 2], "stride") == (1, 2)
+    with pytest.raises(TypeError, match="stride must be an int or a pair"):
+        pair(1.5, "stride")
+    with pytest.raises(RuntimeError, match="one or two values"):
+        pair((1, 2, 3), "stride")
