@@ -15,11 +15,11 @@ setup: $(READY)  ## make .venv and install the lab into it
 # Depends on pyproject.toml: a changed dependency brings the environment up to date at the next `make`.
 # The stamp is written last, so an interrupted installation is taken up again.
 $(READY): pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "installing PyTorch, Triton and the lab into $(VENV) (about 5.5 GB, a few minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 train: $(READY)  ## train SimpleNet on the embedded images through the Triton kernels

@@ -272,3 +272,13 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(size, kept, train_run, 
             torch.load(disk / "run" / name, weights_only=True)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_too_little_gpu_memory_is_one_line(tiny_run, train_run, monkeypatch):
+    def run_out(_model, _x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand more lines")
+
+    monkeypatch.setattr(models.SimpleNet, "forward", run_out)
+    code, _, err = train_run(*tiny_run, "--out", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "not enough GPU memory for 16 images of 32 px a step" in err

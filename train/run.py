@@ -206,6 +206,11 @@ def train(trainer: Trainer, console: Console) -> None:
     try:
         with stop_on_signal() as stop, display:
             trainer.fit(display, stop)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"not enough GPU memory for {settings.batch_size} images of {settings.image_size} px a step; "
+            "take a smaller --batch-size or --image-size"
+        ) from error
     except Stopped:
         raise UserError(
             f"stopped after step {trainer.step}, saved in {folder / 'last.pt'}; "
