@@ -82,7 +82,7 @@ def forward_kernel(
         taps = row_bits * ((one << tl.maximum(s_end, s_first)) - (one << s_first))  # [BM]
         row_step = W * DH
         # One flattened loop over (tap, channel block), so that loads of the next tap are in flight during this one.
-        for k in range(0, TAPS * K_BLOCKS):
+        for k in range(TAPS * K_BLOCKS):
             c = k % K_BLOCKS * BLOCK_K
             inside = ((taps >> k // K_BLOCKS) & 1) != 0  # [BM]
             # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
@@ -134,7 +134,8 @@ def forward(
         (-(-rows // tile.M) * -(-g.Co_group // tile.N), g.groups, 1),
         x, w, bias, y,
         rows, g.H, g.W, g.P, g.Q, *y.stride(),
-        CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW, GROUPS=g.groups,
+        CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW,
+        GROUPS=g.groups,
         FLAT=tile.flat,
         INDEX=runtime.index_type(g.N * g.H * g.W, rows + tile.M),
         BITS=runtime.index_type(2 ** (g.R * g.S)),

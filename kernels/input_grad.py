@@ -87,7 +87,7 @@ def input_grad_kernel(
         taps = row_bits * ((one << tl.maximum(u_end, u_first)) - (one << u_first))  # [BM]
     row_step = Q * DP
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
-    for k in range(0, taps_r * taps_s * K_BLOCKS):
+    for k in range(taps_r * taps_s * K_BLOCKS):
         t = k // K_BLOCKS // taps_s
         u = k // K_BLOCKS % taps_s
         c = k % K_BLOCKS * BLOCK_K

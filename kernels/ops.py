@@ -113,7 +113,7 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
-        x, w, bias, *ctx.geometry = inputs
+        x, w, _bias, *ctx.geometry = inputs
         ctx.save_for_backward(x, w)
         ctx.channels_last = is_channels_last(x) or is_channels_last(w)
 

@@ -245,7 +245,8 @@ def compile_ahead(
     and arguments, on meta tensors, and the JIT itself specialises them. Each kernel has `.asm["cubin"]`, `.asm["ptx"]`
     and `.metadata`.
 
-    Raises ValueError for an unknown operation, architecture or precision, RuntimeError for a geometry that does not fit.
+    Raises ValueError for an unknown operation, architecture or precision, and RuntimeError for a geometry that does not
+    fit.
     """
     if op not in _operations:
         raise ValueError(f"unknown operation {op!r}; known: {', '.join(_operations)}")

@@ -41,7 +41,7 @@ LARGEST_BLOCK = 2**20
 MOST_TAP_BITS = 62
 
 # (first generation it serves, bytes of an operand) -> tile of forward and input gradient. tests/test_compile_ahead.py
-# holds each of them to no spills.
+# compiles them for SimpleNet's convolutions and fails on a spill.
 PIXEL_TILES = {
     # No tensor cores under Triton before sm_80: everything is FFMA, and wider or deeper blocks spill.
     (75, 2): Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
@@ -51,7 +51,10 @@ PIXEL_TILES = {
     (80, 2): Tile(M=128, N=64, K=64, num_warps=4, num_stages=3),
     # As many bytes as the fp16 tile, for TF32.
     (80, 4): Tile(M=128, N=64, K=32, num_warps=4, num_stages=3),
-    (80, 8): Tile(M=64, N=32, K=16, num_warps=4, num_stages=2),
+    (80, 8): Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),
+    # The compiler holds more addresses at once for sm_120: twice the warps, half the registers' worth for each.
+    (120, 2): Tile(M=128, N=64, K=64, num_warps=8, num_stages=3),
+    (120, 4): Tile(M=128, N=64, K=32, num_warps=8, num_stages=3),
 }
 
 # The same for forward over few channels, where each element has a mask and an address of its own in registers.
@@ -59,15 +62,16 @@ FLAT_TILES = {
     (75, 2): Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
     (75, 4): Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
     (75, 8): Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),
-    (80, 2): Tile(M=128, N=64, K=16, num_warps=4, num_stages=2),
-    (80, 4): Tile(M=128, N=64, K=16, num_warps=4, num_stages=2),
+    (80, 2): Tile(M=128, N=64, K=16, num_warps=8, num_stages=2),
+    (80, 4): Tile(M=128, N=64, K=16, num_warps=8, num_stages=2),
     (80, 8): Tile(M=64, N=32, K=16, num_warps=4, num_stages=2),
+    (120, 4): Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),
 }
 
 # The same for the weight gradient, whose reduction runs over pixels.
 WEIGHT_TILES = {
     (75, 2): Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
-    (75, 4): Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
+    (75, 4): Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
     (75, 8): Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),
     (80, 2): Tile(M=64, N=64, K=64, num_warps=4, num_stages=3),
     (80, 4): Tile(M=64, N=64, K=32, num_warps=4, num_stages=3),

@@ -58,7 +58,7 @@ def weight_grad_kernel(
 
     o_k = (split * STEPS).to(INDEX) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK] output pixels
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
-    for _ in range(0, STEPS):
+    for _ in range(STEPS):
         q = o_k % Q
         p = o_k // Q % P
         n = o_k // Q // P
@@ -102,7 +102,7 @@ def sum_splits_kernel(
     mask = place < ELEMENTS
     p_partial = partial_ptr + place
     total = tl.full((BLOCK,), 0, ACC)
-    for _ in range(0, SPLITS):
+    for _ in range(SPLITS):
         total += tl.load(p_partial, mask, other=0.0)
         p_partial += ELEMENTS
     c = place % CI
@@ -153,7 +153,8 @@ def weight_grad(
         (programs, g.groups, splits),
         dy, x, partial,
         rows, -(-steps // splits), g.H, g.W, g.P, g.Q, *strides,
-        CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW, GROUPS=g.groups,
+        CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW,
+        GROUPS=g.groups,
         FLAT=tile.flat,
         INDEX=runtime.index_type(g.N * g.H * g.W, rows + splits * tile.K),
         ACC=runtime.accumulator(dy.dtype),

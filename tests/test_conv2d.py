@@ -82,7 +82,7 @@ def test_any_strides_in_and_the_strides_of_nn_conv2d_out(layout):
     for weight in (w, w.contiguous(memory_format=torch.channels_last)):
         ours = results(conv2d, x, weight, None, None, padding=1)[:3]
         native = results(native_conv2d, x, weight, None, None, padding=1)[:3]
-        for name, a, b in zip("y dx dw".split(), ours, native, strict=True):
+        for name, a, b in zip(["y", "dx", "dw"], ours, native, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
         assert ours[0].stride() == native[0].stride()
 
@@ -207,7 +207,8 @@ def test_torchvision_may_be_imported_before_or_after(imports):
 def test_importing_us_changes_no_global_setting():
     code = (
         "import os, torch\n"
-        "state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ), torch.get_rng_state().sum())\n"
+        "def state():\n"
+        "    return torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ), torch.get_rng_state().sum()\n"
         "before = state()\nimport kernels, models\nassert state() == before\nprint('unchanged')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -215,22 +216,22 @@ def test_importing_us_changes_no_global_setting():
 
 
 BAD_CALLS = [
-    pytest.param(dict(stride=0), "stride must be positive, got (0, 0)", id="zero-stride"),
-    pytest.param(dict(stride=(1, 2, 3)), "one or two values, got [1, 2, 3]", id="three-strides"),
-    pytest.param(dict(padding=-1), "padding must not be negative", id="negative-padding"),
-    pytest.param(dict(padding="sane"), "'sane'", id="misspelt-padding"),
-    pytest.param(dict(padding="same", stride=2), "'same' needs stride 1, got (2, 2)", id="same-with-stride"),
-    pytest.param(dict(dilation=0), "dilation must be positive", id="zero-dilation"),
-    pytest.param(dict(dilation=5), "11 x 11 pixels, is larger than the padded input, 8 x 8", id="too-dilated"),
-    pytest.param(dict(groups=0), "groups must be positive, got 0", id="no-groups"),
-    pytest.param(dict(groups=3), "4 output channels", id="groups-do-not-divide"),
-    pytest.param(dict(input=torch.ones(1, 2, 8, 8)), "expects 3 input channels", id="channels"),
-    pytest.param(dict(input=torch.ones(8, 8)), "3-D (unbatched) or 4-D", id="two-dimensional"),
-    pytest.param(dict(input=torch.ones(1, 3, 2, 8)), "larger than the padded input, 2 x 8", id="too-small"),
-    pytest.param(dict(input=torch.ones(1, 3, 8, 8).double()), "float64", id="mixed-dtypes"),
-    pytest.param(dict(input=torch.ones(1, 3, 8, 8).int()), "torch.int32", id="integers"),
-    pytest.param(dict(input=torch.ones(1, 3, 8, 8).cfloat()), "torch.complex64", id="complex"),
-    pytest.param(dict(bias=torch.ones(3)), "bias of shape [4], got [3]", id="bias-shape"),
+    pytest.param({"stride": 0}, "stride must be positive, got (0, 0)", id="zero-stride"),
+    pytest.param({"stride": (1, 2, 3)}, "one or two values, got [1, 2, 3]", id="three-strides"),
+    pytest.param({"padding": -1}, "padding must not be negative", id="negative-padding"),
+    pytest.param({"padding": "sane"}, "'sane'", id="misspelt-padding"),
+    pytest.param({"padding": "same", "stride": 2}, "'same' needs stride 1, got (2, 2)", id="same-with-stride"),
+    pytest.param({"dilation": 0}, "dilation must be positive", id="zero-dilation"),
+    pytest.param({"dilation": 5}, "11 x 11 pixels, is larger than the padded input, 8 x 8", id="too-dilated"),
+    pytest.param({"groups": 0}, "groups must be positive, got 0", id="no-groups"),
+    pytest.param({"groups": 3}, "4 output channels", id="groups-do-not-divide"),
+    pytest.param({"input": torch.ones(1, 2, 8, 8)}, "expects 3 input channels", id="channels"),
+    pytest.param({"input": torch.ones(8, 8)}, "3-D (unbatched) or 4-D", id="two-dimensional"),
+    pytest.param({"input": torch.ones(1, 3, 2, 8)}, "larger than the padded input, 2 x 8", id="too-small"),
+    pytest.param({"input": torch.ones(1, 3, 8, 8).double()}, "float64", id="mixed-dtypes"),
+    pytest.param({"input": torch.ones(1, 3, 8, 8).int()}, "torch.int32", id="integers"),
+    pytest.param({"input": torch.ones(1, 3, 8, 8).cfloat()}, "torch.complex64", id="complex"),
+    pytest.param({"bias": torch.ones(3)}, "bias of shape [4], got [3]", id="bias-shape"),
 ]
 
 
@@ -245,14 +246,14 @@ def test_bad_calls_are_refused_by_name_as_pytorch_refuses_them(changed, message)
             native_conv2d(**call)
 
 
-@pytest.mark.parametrize("changed", [dict(stride="two"), dict(stride=1.5), dict(weight=[1.0])], ids=str)
+@pytest.mark.parametrize("changed", [{"stride": "two"}, {"stride": 1.5}, {"weight": [1.0]}], ids=str)
 def test_arguments_of_the_wrong_kind_are_type_errors(changed):
     with pytest.raises(TypeError):
         conv2d(**{"input": torch.ones(1, 3, 8, 8), "weight": torch.ones(4, 3, 3, 3), **changed})
 
 
 def test_the_module_is_nn_conv2d_in_constructor_state_and_repr():
-    options = dict(kernel_size=(3, 2), stride=2, padding=(1, 0), dilation=1, groups=2, bias=False)
+    options = {"kernel_size": (3, 2), "stride": 2, "padding": (1, 0), "dilation": 1, "groups": 2, "bias": False}
     ours, native = Conv2d(4, 6, **options), nn.Conv2d(4, 6, **options)
     assert repr(ours) == repr(native)
     assert list(ours.state_dict()) == list(native.state_dict())

@@ -1,0 +1,119 @@
+"""Every kernel compiled for GPUs that this machine does not have."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from reference import assert_matches
+
+from kernels import conv2d
+from kernels.runtime import compile_ahead
+
+OPERATIONS = ["forward", "input_grad", "weight_grad"]
+ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_120"]
+PRECISIONS = [
+    pytest.param(torch.float16, "ieee", id="fp16"),
+    pytest.param(torch.bfloat16, "ieee", id="bf16"),
+    pytest.param(torch.float32, "tf32", id="tf32"),
+    pytest.param(torch.float32, "ieee", id="fp32"),
+    pytest.param(torch.float64, "ieee", id="fp64"),
+]
+CONVOLUTIONS = {  # the kinds that SimpleNet has at 128 px, and those that branch elsewhere
+    "7x7s2-3-64": ((256, 3, 128, 128), (64, 3, 7, 7), {"stride": 2, "padding": 3}),
+    "3x3-64": ((256, 64, 32, 32), (64, 64, 3, 3), {"padding": 1}),
+    "1x1-64-256": ((256, 64, 32, 32), (256, 64, 1, 1), {}),
+    "3x3-128": ((256, 128, 16, 16), (128, 128, 3, 3), {"padding": 1}),
+}
+ODD_CONVOLUTIONS = {  # compiled; a spill is for the report card to tell
+    "3x3s2-nothing-divides": ((7, 20, 33, 31), (36, 10, 3, 3), {"stride": 2, "padding": 1, "groups": 2}),
+    "9x9-more-taps-than-bits": ((8, 32, 32, 32), (32, 32, 9, 9), {"padding": 4}),
+}
+
+SPILLS = {  # (convolution, operation, dtype, architecture) -> bytes, none of them in the main loop
+    ("7x7s2-3-64", "input_grad", torch.float64, "sm_120"): 8,
+}
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def resources(kernel, tmp_path: Path) -> dict[str, int]:
+    """Registers and bytes that cuobjdump reports of a kernel: REG, STACK, SHARED, LOCAL, ..."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    report = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", report.stdout + report.stderr)}
+
+
+def assert_compiles(op, convolution, dtype, precision, arch, tmp_path):
+    x_shape, w_shape, geometry = (CONVOLUTIONS | ODD_CONVOLUTIONS)[convolution]
+    allowed = SPILLS.get((convolution, op, dtype, arch), 0)
+    compiled = compile_ahead(op, x_shape, w_shape, dtype=dtype, precision=precision, arch=arch, **geometry)
+    assert compiled[0].metadata.name == f"{op}_kernel"
+    for kernel in compiled:
+        assert kernel.metadata.target.arch == int(arch.removeprefix("sm_"))
+        used = resources(kernel, tmp_path)
+        assert used["REG"] > 0
+        assert used["LOCAL"] == 0
+        assert used["STACK"] == allowed or convolution in ODD_CONVOLUTIONS, f"{kernel.metadata.name} spills: {used}"
+        # What a block may have: 64 KiB on T4, 163 on A100, 227 on H100, 99 on consumer Ampere, Ada and Blackwell.
+        assert kernel.metadata.shared <= {"sm_75": 64, "sm_80": 163, "sm_90": 227, "sm_120": 99}[arch] * 1024
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_kernel_compiles_without_spills(op, dtype, precision, arch, tmp_path):
+    assert_compiles(op, "3x3-64", dtype, precision, arch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("convolution", [name for name in CONVOLUTIONS | ODD_CONVOLUTIONS if name != "3x3-64"])
+def test_every_kind_of_convolution_compiles(convolution, op, dtype, precision, arch, tmp_path):
+    assert_compiles(op, convolution, dtype, precision, arch, tmp_path)
+
+
+def test_half_precision_uses_tensor_cores_and_16_byte_asynchronous_copies():
+    for op in OPERATIONS:
+        kernel = compile_ahead(op, (64, 64, 16, 16), (64, 64, 3, 3), padding=1, arch="sm_80")[0]
+        assert "mma.sync.aligned.m16n8k16" in kernel.asm["ptx"], op
+        assert re.search(r"cp\.async\.cg\.shared\.global.*0x10", kernel.asm["ptx"]), op
+
+
+def test_split_weight_gradient_brings_its_second_pass_and_a_small_one_does_not():
+    names = [k.metadata.name for k in compile_ahead("weight_grad", (256, 64, 32, 32), (64, 64, 3, 3), padding=1)]
+    assert names == ["weight_grad_kernel", "sum_splits_kernel"]
+    names = [k.metadata.name for k in compile_ahead("weight_grad", (1, 64, 8, 8), (64, 64, 3, 3), padding=1)]
+    assert names == ["weight_grad_kernel"]
+
+
+def test_arguments_are_specialised_as_a_launch_would():
+    kernel = compile_ahead("forward", (2, 64, 8, 8), (64, 64, 3, 3), padding=1, arch="sm_80")[0]
+    pointers = next(line for line in kernel.asm["ttir"].splitlines() if "tt.func" in line)
+    assert pointers.count("tt.divisibility = 16") >= 4  # x, w, bias and y, as torch allocates them
+    assert "stride_yc" not in pointers  # a stride of 1 is a constant of the channels-last kernel
+
+
+def test_the_process_still_interprets_afterwards_and_in_between():
+    shapes = (1, 4, 6, 6), (3, 4, 3, 3)
+    compile_ahead("forward", *shapes, arch="sm_75")
+    assert_matches(conv2d, *shapes)
+    compile_ahead("weight_grad", *shapes, arch="sm_90")
+    assert_matches(conv2d, *shapes)
+
+
+def test_unknown_names_are_refused():
+    shapes = (1, 4, 6, 6), (3, 4, 3, 3)
+    with pytest.raises(ValueError, match="unknown operation 'sideways'; known: forward, input_grad, weight_grad"):
+        compile_ahead("sideways", *shapes)
+    with pytest.raises(ValueError, match="'sm_42'; known: sm_75"):
+        compile_ahead("forward", *shapes, arch="sm_42")
+    with pytest.raises(ValueError, match="'ieee' or 'tf32', got 'fast'"):
+        compile_ahead("forward", *shapes, precision="fast")
+    with pytest.raises(RuntimeError, match="expects 3 input channels"):
+        compile_ahead("forward", (1, 4, 6, 6), (3, 3, 3, 3))
