@@ -100,7 +100,7 @@ def sum_splits_kernel(
     # partial [SPLITS, Co, R, S, Ci], dense; ELEMENTS = Co*R*S*Ci.
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < ELEMENTS
-    p_partial = partial_ptr + place
+    p_partial = partial_ptr + tl.where(mask, place, 0)
     total = tl.full((BLOCK,), 0, ACC)
     for _ in range(SPLITS):
         total += tl.load(p_partial, mask, other=0.0)

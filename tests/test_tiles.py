@@ -1,0 +1,117 @@
+"""Tiles: each is right by itself, and the rules that pick them hold."""
+
+import pytest
+import torch
+from reference import assert_matches
+from triton.runtime.interpreter import InterpreterBuilder
+
+from kernels import conv2d, runtime, tiles
+from kernels.geometry import ConvGeometry
+from kernels.runtime import Target
+
+INTERPRETED = Target("interpreter", 1)
+
+CASES = [
+    pytest.param((2, 20, 13, 11), (36, 20, 3, 3), {"padding": 1}, id="channels-do-not-divide"),
+    pytest.param((3, 3, 17, 15), (24, 3, 5, 5), {"stride": 2, "padding": 2}, id="three-channels"),
+    pytest.param((2, 64, 9, 9), (64, 32, 3, 3), {"stride": (2, 1), "padding": 1, "groups": 2}, id="groups-and-stride"),
+]
+
+
+@pytest.fixture
+def addresses(monkeypatch) -> list[tuple[int, int]]:
+    """(lowest, highest) address of each block that interpreted kernels load, masked elements included."""
+    seen = []
+    load = InterpreterBuilder.create_masked_load
+
+    def record(self, ptrs, *arguments):
+        seen.append((int(ptrs.data.min()), int(ptrs.data.max())))
+        return load(self, ptrs, *arguments)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", record)
+    return seen
+
+
+@pytest.fixture
+def gpu_tiles(monkeypatch):
+    """gpu_tiles("sm_80") makes interpreted launches take the tiles, and the splits, of that GPU."""
+
+    def use(arch: str) -> None:
+        gpu = Target(arch, 8)
+        for name in ("forward_tile", "input_grad_tile", "weight_grad_tile", "splits"):
+            pick = getattr(tiles, name)
+            monkeypatch.setattr(tiles, name, lambda _, *a, _pick=pick, **k: _pick(gpu, *a, **k))
+
+    return use
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_120"])
+@pytest.mark.parametrize(("x_shape", "w_shape", "geometry"), CASES)
+def test_gpu_tiles_compute_the_same_when_interpreted(x_shape, w_shape, geometry, arch, dtype, gpu_tiles):
+    gpu_tiles(arch)
+    assert_matches(conv2d, x_shape, w_shape, dtype, **geometry)
+
+
+ADDRESS_CASES = [
+    *CASES,
+    pytest.param((1, 17, 3, 3), (5, 17, 3, 3), {"padding": 4, "dilation": 2}, id="almost-all-halo"),
+    pytest.param((2, 33, 7, 7), (33, 33, 1, 1), {"stride": 3}, id="pointwise-one-past-a-block"),
+    pytest.param((1, 17, 12, 12), (3, 17, 9, 9), {"padding": 4}, id="more-taps-than-bits"),
+    pytest.param((2, 40, 5, 5), (40, 1, 3, 3), {"padding": 1, "groups": 40}, id="depthwise"),
+]
+
+
+@pytest.mark.parametrize("arch", [None, "sm_80"])
+@pytest.mark.parametrize(("x_shape", "w_shape", "geometry"), ADDRESS_CASES)
+def test_even_masked_addresses_lie_inside_a_tensor(x_shape, w_shape, geometry, arch, gpu_tiles, addresses):
+    # A pipelined masked load becomes an asynchronous copy that is not predicated: it must not point outside.
+    if arch:
+        gpu_tiles(arch)
+    tensors = []
+    x = torch.randn(x_shape).to(memory_format=torch.channels_last).requires_grad_()
+    w = torch.randn(w_shape).to(memory_format=torch.channels_last).requires_grad_()
+    with runtime.on_allocate(lambda nbytes, what, tensor: tensors.append(tensor)):
+        y = conv2d(x, w, **geometry)
+        dy = torch.randn_like(y)
+        y.backward(dy)
+    assert len(addresses) > 3
+    inside = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (x, w, dy, *tensors)]
+    for low, high in addresses:
+        assert any(start <= low and high < end for start, end in inside), "a block reaches outside its tensor"
+
+
+def test_split_weight_gradients_are_split_here_and_add_up(gpu_tiles, monkeypatch):
+    counts = []
+    gpu_tiles("sm_80")
+    split = tiles.splits
+    monkeypatch.setattr(tiles, "splits", lambda *a, **k: counts.append(split(*a, **k)) or counts[-1])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert_matches(conv2d, (3, 17, 21, 19), (5, 17, 3, 3), torch.float64, padding=1, layout=layout)
+    assert min(counts) > 1
+
+
+def test_a_split_count_is_a_function_of_shape_and_device():
+    a100 = Target("sm_80", 108)
+    assert tiles.splits(a100, programs=9, steps=4096) == 24  # 2 waves of 108 over 9 programs
+    assert tiles.splits(a100, programs=9, steps=8) == 2  # at least four steps each
+    assert tiles.splits(a100, programs=500, steps=4096) == 1  # the chip is full
+    assert tiles.splits(INTERPRETED, programs=1, steps=4096) == 1
+
+
+def test_gpu_blocks_divide_channels_where_they_can():
+    for channels, block in ((64, 64), (96, 32), (48, 16), (20, 32), (3, 16), (512, 64)):
+        g = ConvGeometry.of((8, channels, 9, 9), (64, channels, 3, 3))
+        tile = tiles.forward_tile(Target("sm_80", 108), g, torch.float16, "ieee")
+        assert (16 if tile.flat else block) == tile.K, channels
+
+
+@pytest.mark.parametrize("size", [1, 8, 64, 300])
+@pytest.mark.parametrize("channels", [1, 3, 64, 700])
+def test_interpreted_blocks_stay_within_tritons_limit(size, channels):
+    g = ConvGeometry.of((64, channels, size, size), (channels, channels, 1, 1))
+    for pick in (tiles.forward_tile, tiles.input_grad_tile, tiles.weight_grad_tile):
+        tile = pick(INTERPRETED, g, torch.float32, "ieee")
+        for block in (tile.M, tile.N, tile.K):
+            assert block & (block - 1) == 0
+        assert max(tile.M * tile.N, tile.M * tile.K, tile.K * tile.N) <= tiles.LARGEST_BLOCK
