@@ -5,13 +5,13 @@
     weight grad    dw = sum_n dy @ unfold(x)^T    (N, Co, P*Q) @ (N, P*Q, K) -> (N, Co, K), summed over N
     bias grad      db = sum_{n,p,q} dy
 
-x (N, Ci, H, W), w (Co, Ci, R, S), w2d = w viewed as (Co, K), K = Ci*R*S. Plain PyTorch, on any device and dtype.
+x (N, Ci, H, W), w (Co, Ci, R, S), w2d = w viewed as (Co, K), K = Ci*R*S. Plain PyTorch: any device and dtype.
 
-It is the lab's baseline and oracle, so it stays as the write-up has it. So do three costs of that coding, each as
-large as the unfolded matrix; memory reports show them:
+It is the lab's baseline and oracle, so it stays as the write-up has it. So do three costs of that coding,
+each as large as the unfolded matrix; memory reports show them:
 
-  - `matmul` of the 2-D weight with the 3-D matrix clones that matrix in order to flatten it, where the weight needs
-    a gradient; in the input gradient it clones the product likewise;
+  - `matmul` of the 2-D weight with the 3-D matrix clones that matrix in order to flatten it, where the weight
+    needs a gradient; in the input gradient it clones the product likewise;
   - `fold` leaves its result in a storage of R*S times the result's size, on the CPU and on CUDA;
   - in the backward pass, the product that was folded has a name, and lives until the weight gradient is done.
 """
@@ -88,8 +88,8 @@ def unfold_conv2d(
 
     input (N, Ci, H, W), weight (Co, Ci, R, S), bias (Co,) -> (N, Co, P, Q).
 
-    Raises NotImplementedError for groups other than 1, TypeError for padding by name, RuntimeError for shapes or
-    geometry that do not fit.
+    Raises NotImplementedError for groups other than 1, TypeError for padding by name, RuntimeError for shapes
+    or geometry that do not fit.
     """
     if groups != 1:
         raise NotImplementedError(f"unfold_conv2d: groups must be 1, got {groups}")

@@ -1,0 +1,1 @@
+"""Measurements: `pytest bench/ --benchmark-only` for time, `python -m bench.memory` for memory."""
