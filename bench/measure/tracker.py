@@ -119,7 +119,7 @@ class Tracker:
         self.at_peak = dict(self.by_category)
         self._live: dict[int, _Storage] = {}
         self._watched: list[tuple[nn.Module, torch.optim.Optimizer | None]] = []
-        self._open = contextlib.ExitStack()
+        self._open: contextlib.ExitStack | None = None
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Counts the model's parameters, buffers and gradients, and the optimizer's state, as what they are."""
@@ -128,6 +128,8 @@ class Tracker:
         if optimizer is not None:
             self.label(_tensors(dict(optimizer.state)), OPTIMIZER)
         self._watched.append((model, optimizer))
+        if self._open is not None:
+            self._attach(model, optimizer, self._open)
 
     def label(self, tensors: Iterable[torch.Tensor], category: str) -> None:
         """Counts the storages of `tensors` as `category` from now on."""
@@ -143,12 +145,7 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         with contextlib.ExitStack() as opening:
             for model, optimizer in self._watched:
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        hook = parameter.register_post_accumulate_grad_hook(self._gradient_made)
-                        opening.callback(hook.remove)
-                if optimizer is not None:
-                    opening.callback(optimizer.register_step_post_hook(self._optimizer_stepped).remove)
+                self._attach(model, optimizer, opening)
             opening.enter_context(runtime.on_allocate(self._workspace_taken))
             opening.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack))
             opening.enter_context(_Operators(self))
@@ -157,6 +154,17 @@ class Tracker:
 
     def __exit__(self, *exception: object) -> None:
         self._open.close()
+        self._open = None
+
+    def _attach(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, stack: contextlib.ExitStack
+    ) -> None:
+        """Hooks that tell what gradients and optimizer state are, until `stack` closes."""
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                stack.callback(parameter.register_post_accumulate_grad_hook(self._gradient_made).remove)
+        if optimizer is not None:
+            stack.callback(optimizer.register_step_post_hook(self._optimizer_stepped).remove)
 
     def _pack(self, tensor: torch.Tensor) -> _Saved:
         return _Saved(self, tensor)
