@@ -153,6 +153,8 @@ def command(arguments: argparse.Namespace) -> None:
     ]
     if steps[0].batch_size * steps[0].image_size**2 > 2**48:
         raise UserError(f"{steps[0].batch_size} images of {steps[0].image_size} px are beyond any machine")
+    if arguments.json is not None and arguments.json.is_dir():
+        raise UserError(f"--json {arguments.json} is a folder; name a file")
     try:
         gpu, reason = find_gpu(), None
     except NvmlUnavailable as error:
