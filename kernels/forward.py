@@ -61,17 +61,18 @@ def forward_kernel(
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
     if FLAT:
-        # Few channels: one step reduces over several taps at once.
+        # Few channels: one step reduces over several taps at once. Terms past the last have r = R, which is outside.
+        first = first_pixel.to(tl.int64) * PITCH + group * CI  # [BM]
         for k in range(0, TERMS, BLOCK_K):
-            term = k + o_k
+            term = k + o_k  # [BK]
             r = term // (S * CI)
             s = term // CI % S
-            inside = (r[None, :] >= r_first[:, None]) & (r[None, :] < r_end[:, None])
+            inside = (r[None, :] >= r_first[:, None]) & (r[None, :] < r_end[:, None])  # [BM, BK]
             inside &= (s[None, :] >= s_first[:, None]) & (s[None, :] < s_end[:, None])
-            inside &= (term < TERMS)[None, :]
             # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
-            pixel = tl.where(inside, first_pixel[:, None] + (r * (DH * W) + s * DW)[None, :], 0)  # [BM, BK]
-            b_x = tl.load(x_ptr + group * CI + pixel.to(tl.int64) * PITCH + (term % CI)[None, :], inside, other=0.0)
+            tap = (r * DH * W + s * DW).to(tl.int64) * PITCH + term % CI
+            o_x = tl.where(inside, first[:, None] + tap[None, :], 0)
+            b_x = tl.load(x_ptr + o_x, inside, other=0.0)
             b_w = tl.load(p_w + tl.where(term < TERMS, k, -o_k)[:, None], (term < TERMS)[:, None], other=0.0)
             acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
     else:

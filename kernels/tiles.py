@@ -79,7 +79,7 @@ WEIGHT_TILES = {
 }
 
 # IEEE fp32 has no tensor cores on any generation; the TF32 tiles would spill.
-IEEE_FP32_TILE = Tile(M=64, N=64, K=16, num_warps=4, num_stages=2)
+IEEE_FP32_TILE = Tile(M=64, N=64, K=16, num_warps=8, num_stages=2)
 
 # The interpreter's prices, measured on one thread of a 2-core AMD EPYC (numpy 2.4, Triton 3.8). They only rank blocks.
 INTERPRETED_STEP = 3e-3  # seconds of Python for one step of a main loop

@@ -36,13 +36,14 @@ def weight_grad_kernel(
     group = tl.program_id(1)
     split = tl.program_id(2)
 
-    # Filter places of this tile. With enough channels a tile lies within one tap, and (r, s) are scalars.
+    # Filter places of this tile. With enough channels a tile lies within one tap, and (r, s) are scalars. Places past
+    # the last have r = R, which is outside.
     if FLAT:
         place = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
         r = place // (S * CI)
         s = place // CI % S
         c = place % CI
-        in_filter = place < R * S * CI
+        in_filter = r < R
     else:
         r = tile_n // N_BLOCKS // S
         s = tile_n // N_BLOCKS % S
@@ -52,9 +53,10 @@ def weight_grad_kernel(
     # Channels past the last repeat it, inside the tensor, and are not stored.
     o_co = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
     co = o_co if CO % BLOCK_M == 0 else tl.minimum(o_co, CO - 1)
-    ci = c if CI % BLOCK_N == 0 else tl.minimum(c, CI - 1)
+    ci = c if CI % BLOCK_N == 0 or FLAT else tl.minimum(c, CI - 1)
     p_dy = dy_ptr + (group * CO + co)[None, :]  # [1, BM]
     p_x = x_ptr + (group * CI + ci)[None, :]  # [1, BN]
+    tap = r * DH * W + s * DW
 
     o_k = (split * STEPS).to(INDEX) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK] output pixels
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
@@ -65,19 +67,25 @@ def weight_grad_kernel(
         in_rows = o_k < ROWS
         h = p * SH - PH
         w = q * SW - PW
-        first_pixel = (n * H + h) * W + w
+        first_pixel = (n * H + h) * W + w  # [BK]
         # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
         if FLAT:
-            h_tap = h[:, None] + (r * DH)[None, :]  # [BK, BN]
-            w_tap = w[:, None] + (s * DW)[None, :]
-            inside = (h_tap >= 0) & (h_tap < H) & (w_tap >= 0) & (w_tap < W) & in_rows[:, None] & in_filter[None, :]
-            pixel = tl.where(inside, first_pixel[:, None] + (r * DH * W + s * DW)[None, :], 0)
-            b_x = tl.load(p_x + pixel.to(tl.int64) * PITCH_X, inside, other=0.0)
+            # The taps inside are a range of filter rows and a range of filter columns.
+            r_first = (tl.maximum(-h, 0) + (DH - 1)) // DH
+            r_end = tl.where(in_rows, tl.minimum((tl.maximum(H - h, 0) + (DH - 1)) // DH, R), 0)
+            s_first = (tl.maximum(-w, 0) + (DW - 1)) // DW
+            s_end = (tl.maximum(W - w, 0) + (DW - 1)) // DW
+            inside = (r[None, :] >= r_first[:, None]) & (r[None, :] < r_end[:, None])  # [BK, BN]
+            inside &= (s[None, :] >= s_first[:, None]) & (s[None, :] < s_end[:, None])
+            first = first_pixel.to(tl.int64) * PITCH_X
+            o_x = tl.where(inside, first[:, None] + (tap.to(tl.int64) * PITCH_X)[None, :], 0)
+            b_x = tl.load(p_x + o_x, inside, other=0.0)
         else:
-            h_tap = h + r * DH  # [BK]
+            h_tap = h + r * DH
             w_tap = w + s * DW
-            inside = (h_tap >= 0) & (h_tap < H) & (w_tap >= 0) & (w_tap < W) & in_rows
-            pixel = tl.where(inside, first_pixel + (r * DH * W + s * DW), 0)
+            inside = (h_tap >= 0) & (h_tap < H) & (w_tap >= 0) & (w_tap < W) & in_rows  # [BK]
+            # Chosen before the multiplication, so that rows are seen to start at multiples of Ci: 16-byte loads.
+            pixel = tl.where(inside, first_pixel + tap, 0)
             b_x = tl.load(p_x + pixel.to(tl.int64)[:, None] * PITCH_X, inside[:, None], other=0.0)
         row = tl.where(in_rows, o_k, 0).to(tl.int64) * (GROUPS * CO)
         b_dy = tl.load(p_dy + row[:, None], in_rows[:, None], other=0.0)  # [BK, BM]
