@@ -16,7 +16,6 @@ def losses(path):
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
-@pytest.mark.slow
 def test_the_first_steps_agree(train_run, tmp_path):
     for conv in ("torch", "unfold", "triton"):
         settings = ("--epochs", 1, "--batch-size", 16, "--limit-train", 96, "--limit-val", 16, "--device", "cpu")
