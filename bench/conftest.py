@@ -1,0 +1,174 @@
+"""The benchmark's rows and fixtures, and the table of ratios at its end.
+
+On a GPU times are CUDA events', with a cold L2 cache; on the CPU they are the host clock's, PyTorch has one thread,
+and Triton's kernels run in its interpreter: such rows are labelled, and say nothing about a GPU.
+"""
+
+import io
+import math
+import shutil
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from rich.console import Console
+
+import models
+from bench.conditions import conditions
+from bench.measure.timer import EventTime, Flush
+from bench.rows import MODEL, PRECISION, SIZES, Row, ratio_table
+from bench.shapes import Layer, timed_layers
+from train.report import backend_of
+
+# Seconds and rounds that a row's repetitions may take; a slow row still gets the least number of rounds.
+BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.5, 5, 200
+
+ROWS = pytest.StashKey[list[Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--bench-device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="where bench/ runs (default: auto, the GPU if there is one)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+    if not config.getoption("benchmark_columns", None):
+        config.option.benchmark_columns = ["median", "iqr", "rounds"]
+
+
+def device_of(config: pytest.Config) -> torch.device:
+    name = config.getoption("--bench-device", "auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    device = device_of(metafunc.config)
+    if "conv" in metafunc.fixturenames:
+        convolutions = list(models.CONVOLUTIONS)
+        labels = [f"{conv}-{backend_of(conv, device)}" for conv in convolutions]
+        metafunc.parametrize("conv", convolutions, ids=labels)
+    if "layer" in metafunc.fixturenames:
+        metafunc.parametrize("layer", timed_layers(MODEL, *SIZES[device.type]), ids=lambda layer: layer.name)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    timer = EventTime if device_of(config).type == "cuda" else time.perf_counter
+    for item in items:
+        if "timed" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=timer, group=operation_of(item)))
+
+
+def operation_of(item: pytest.Item) -> str:
+    """ "forward" for test_forward."""
+    return item.originalname.removeprefix("test_")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return device_of(request.config)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _settings(device: torch.device):
+    torch.backends.fp32_precision = PRECISION
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # the interpreter's Python has one, and two on shared cores make native times jump
+
+
+@pytest.fixture(scope="session")
+def size(device: torch.device) -> tuple[int, int]:
+    """(images, pixels) a step"""
+    return SIZES[device.type]
+
+
+@pytest.fixture(scope="session")
+def where(device: torch.device) -> dict:
+    return conditions(device)
+
+
+@pytest.fixture(scope="session")
+def before_each(device: torch.device) -> Callable[[], None] | None:
+    """What makes each timed call start from the same state."""
+    return Flush(device) if device.type == "cuda" else None
+
+
+@pytest.fixture
+def timed(benchmark, request, device, size, where, before_each) -> Callable[..., None]:
+    """timed(call, conv=..., layer=..., error=...) times `call` and keeps the row with its conditions."""
+
+    def run(call: Callable[[], object], *, conv: str, layer: Layer | None, error: float) -> None:
+        backend = backend_of(conv, device)
+        images, pixels = size
+        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, math.ceil(BUDGET / wall_seconds(call, device))))
+        benchmark.extra_info.update(
+            where,
+            model=MODEL,
+            conv=conv,
+            backend=backend,
+            dtype="float32",
+            precision=PRECISION,
+            layout=str(models.memory_format(conv)).removeprefix("torch."),
+            batch_size=images,
+            image_size=pixels,
+            x_shape=layer.x_shape if layer else (images, 3, pixels, pixels),
+            w_shape=layer.w_shape if layer else None,
+            stride=layer.stride if layer else None,
+            padding=layer.padding if layer else None,
+            relative_error=error,
+            n=rounds,
+        )
+        benchmark.pedantic(call, setup=before_each, rounds=rounds, warmup_rounds=1)
+        if benchmark.enabled:
+            request.config.stash[ROWS].append(
+                Row(
+                    operation=operation_of(request.node),
+                    layer=layer.name if layer else MODEL,
+                    conv=conv,
+                    backend=backend,
+                    seconds=benchmark.stats.stats.median,
+                )
+            )
+
+    return run
+
+
+def wall_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Roughly what a call takes, after one that compiles and warms up."""
+    call()
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    device = device_of(config)
+    images, pixels = SIZES[device.type]
+    backends = ", ".join(dict.fromkeys(f"{row.conv} {row.backend}" for row in rows))
+    text = io.StringIO()
+    width = shutil.get_terminal_size().columns
+    console = Console(file=text, force_terminal=terminalreporter.hasmarkup, width=width, highlight=False)
+    console.print(ratio_table(rows))
+    name = conditions(device)["device"]
+    console.print(f"medians; {name}, batch {images}, {pixels} px, float32 ({PRECISION}); {backends}")
+    if any(row.backend == "interpreter" for row in rows):
+        console.print("triton: interpreted on a CPU: says nothing about a GPU", style="bold")
+    terminalreporter.write_sep("=", "ratios of the same run")
+    terminalreporter.write(text.getvalue())

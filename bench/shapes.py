@@ -1,0 +1,80 @@
+"""Which convolutions are timed: layers of a model, with the shapes that the model itself gives them.
+
+Nothing is listed twice: a model is run on meta tensors, and its convolutions tell what they are and what they got.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import models
+
+# Of SimpleNet's seven convolutions: the stem, which has 3 channels and a stride; both 3x3, which do most of the work;
+# and the 1x1 that writes the largest result, where memory is the limit.
+TIMED = {"simplenet": ("conv7x7-64", "conv3x3-64", "conv1x1-256", "conv3x3-128")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One convolution of a model, with the batch it gets."""
+
+    name: str
+    """Filter and output channels, as "conv3x3-64"."""
+    x_shape: tuple[int, int, int, int]
+    """(N, Ci, H, W)"""
+    w_shape: tuple[int, int, int, int]
+    """(Co, Ci/groups, R, S)"""
+    stride: tuple[int, int]
+    """In pixels, as the two below."""
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def module(self, conv: str) -> nn.Conv2d:
+        """This layer computed by one of models.CONVOLUTIONS, freshly initialised, with a bias."""
+        return models.CONVOLUTIONS[conv](
+            self.x_shape[1],
+            self.w_shape[0],
+            self.w_shape[2:],
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+
+def conv_layers(model_name: str, batch_size: int, image_size: int) -> list[Layer]:
+    """The model's convolutions in the order they run, for a batch of square images; equal ones once.
+
+    Raises ValueError where `models.build` does.
+    """
+    with torch.device("meta"):
+        model = models.build(model_name, conv="torch", image_size=image_size)
+        images = torch.empty(batch_size, 3, image_size, image_size)
+    layers = []
+
+    def note(conv: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> None:
+        rows, columns = conv.kernel_size
+        layers.append(
+            Layer(
+                name=f"conv{rows}x{columns}-{conv.out_channels}",
+                x_shape=tuple(inputs[0].shape),
+                w_shape=tuple(conv.weight.shape),
+                stride=conv.stride,
+                padding=conv.padding,
+                dilation=conv.dilation,
+                groups=conv.groups,
+            )
+        )
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(note)
+    model(images)
+    return list(dict.fromkeys(layers))
+
+
+def timed_layers(model_name: str, batch_size: int, image_size: int) -> list[Layer]:
+    """The layers of TIMED."""
+    return [layer for layer in conv_layers(model_name, batch_size, image_size) if layer.name in TIMED[model_name]]
