@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import models
 from bench.conditions import conditions
 from bench.measure.nvml import GpuMemory, NvmlUnavailable, gpu_memory
-from bench.measure.tracker import CATEGORIES, INPUT, Tracker
+from bench.measure.tracker import CATEGORIES, INPUT, WORKSPACE, Tracker
 from train.cli import Parser, UserError, number, run_command
 from train.files import write_json
 
@@ -215,7 +215,10 @@ def print_report(console: Console, report: dict) -> None:
     for conv in entries:
         table.add_column(conv, justify="right")
     for category in CATEGORIES:
-        table.add_row(category, *(mib(entry["at_peak"][category]) for entry in entries.values()))
+        cells = [mib(entry["at_peak"][category]) for entry in entries.values()]
+        if category == WORKSPACE:
+            cells = ["not known" if conv in NOTES else cell for conv, cell in zip(entries, cells, strict=True)]
+        table.add_row(category, *cells)
     table.add_section()
     table.add_row("peak, all together", *(mib(entry["peak"]) for entry in entries.values()), style="bold")
     if "torch" in entries:

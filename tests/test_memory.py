@@ -114,6 +114,9 @@ def test_report(memory_run):
     assert "predicted (accounted on meta tensors; no allocator slack, no CUDA context)" in out
     assert "no measured figure: no NVML: not in this test" in out
     assert any("split-K workspaces" in note for note in report["notes"])
+    assert next(line.split() for line in out.splitlines() if "workspaces" in line) == [
+        "workspaces", "0.0", "0.0", "not", "known",
+    ]  # fmt: skip
     assert report["conditions"]["versions"]["torch"] == torch.__version__
 
 
