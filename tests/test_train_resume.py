@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train.loop
 from train.cli import stop_on_signal
@@ -138,6 +139,20 @@ def test_rows_beyond_the_checkpoint_are_dropped(stopped, train_run):
     assert all(float(row["loss"]) < 90 for row in steps)
     assert [row["epoch"] for row in epochs] == ["1", "2", "3"]
     assert float(epochs[1]["val_loss"]) != 9
+    events = EventAccumulator(str(stopped)).Reload()
+    assert [event.step for event in events.Scalars("step/loss")] == list(range(1, STEPS + 1))
+
+
+def test_a_run_that_died_after_its_last_step_gets_its_summary(train_run, tiny_run, tmp_path):
+    assert train_run(*tiny_run, "--out", "run")[0] == 0
+    whole = json.loads((tmp_path / "run/summary.json").read_text())
+    for name in ("summary.json", "curves.png"):
+        (tmp_path / "run" / name).unlink()
+    assert train_run("--resume", "run")[0] == 0
+    again = json.loads((tmp_path / "run/summary.json").read_text())
+    unchanged = ("epochs", "val_top1", "val_top5", "best_val_top1", "best_epoch", "images_per_s")
+    assert {name: again[name] for name in unchanged} == {name: whole[name] for name in unchanged}
+    assert (tmp_path / "run/curves.png").exists()
 
 
 def test_a_complete_run_is_shown_and_left_alone(train_run, tiny_run, tmp_path):
