@@ -196,12 +196,12 @@ def test_the_default_folder_is_under_runs(train_run, tiny_run, tmp_path):
     assert all(name.startswith("simplenet-torch-2") for name in folders)
 
 
-def test_fewer_than_five_classes_are_told_honestly(train_run, make_images, tmp_path):
+def test_top5_of_few_classes_is_told_honestly(train_run, make_images, tmp_path):
     make_images(tmp_path / "d", {"train/cat": 8, "train/dog": 8, "val/cat": 4, "val/dog": 4})
     where = ("--data", "d", "--image-size", "16", "--device", "cpu", "--out", "r")
     code, out, _ = train_run("simplenet", "--conv", "torch", "--epochs", "1", *where)
     assert code == 0
-    assert "there are 2 classes: always right" in out
+    assert "of 2 classes the right one is always among five" in out
     assert json.loads((tmp_path / "r/summary.json").read_text())["val_top5_counts"] == 2
     assert json.loads((tmp_path / "r/config.json").read_text())["data"] == str(tmp_path / "d")
 

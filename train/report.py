@@ -113,10 +113,9 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     table = Table(box=box.ROUNDED, show_header=False, title=f"{summary['model']}, {summary['conv']} convolution")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    counts = summary["val_top5_counts"]
     top5 = f"{summary['val_top5']:.2f}%"
-    if counts < 5:
-        top5 += f" (there are {counts} classes: always right)"
+    if summary["classes"] <= 5:
+        top5 += f"  (of {summary['classes']} classes the right one is always among five)"
     table.add_row("convolutions", describe_backend(summary["backend"], summary["device"]))
     best = f"best {summary['best_val_top1']:.2f}%, epoch {summary['best_epoch']}"
     table.add_row("val top-1", f"{summary['val_top1']:.2f}%  ({best})")
