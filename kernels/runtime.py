@@ -4,12 +4,16 @@
 Triton is imported, and `import torchvision` already imports it. Here both forms of a kernel are built from one
 function, and each launch picks by the device of its tensors, so that CPU and CUDA tensors work in one process.
 The price: a kernel may not call jitted helpers, and `tl.zeros`, `tl.sum`, `tl.max` and `tl.cdiv` are such helpers.
+
+Interpreted, a kernel is executed by Triton's interpreter but for two things: its loads and stores are NumPy's gather
+and scatter, and bfloat16 is computed in float32 and rounded at the end.
 """
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,7 +22,7 @@ import triton.runtime.interpreter as triton_interpreter
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction, MockTensor
 
 from kernels.geometry import ConvGeometry
@@ -159,17 +163,61 @@ def _interpret(kernel: Kernel, grid: tuple[int, int, int], args: tuple, constant
     # there, and sums are float32 on a GPU too.
     wide = [arg.float() if _is_bfloat16(arg) else arg for arg in args]
     builder = triton_interpreter.interpreter_builder
-    options = builder.options
+    usual = dict(vars(builder))
     with _triton_lock, np.errstate(all="ignore"):
         # Overflow checks make every integer operation ten; a compiled kernel has none either.
-        builder.options = replace(options, sanitize_overflow=False)
+        builder.options = replace(builder.options, sanitize_overflow=False)
+        # Triton's own pair copies one element at a time, which was half of a training step's time.
+        builder.create_masked_load, builder.create_masked_store = _load, _store
         try:
             kernel.interpreted[grid](*wide, **constants)
         finally:
-            builder.options = options
+            vars(builder).clear()
+            vars(builder).update(usual)
     for arg, copy in zip(args, wide, strict=True):
         if _is_bfloat16(arg):
             arg.copy_(copy)
+
+
+def _load(pointers: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *_: object) -> TensorHandle:
+    """A block's elements, gathered by NumPy; masked ones are never read, and are `other`, or 0."""
+    element = pointers.get_element_ty()
+    dtype = triton_interpreter._get_np_dtype(element)
+    addresses, valid = pointers.data, mask.data.astype(bool, copy=False)
+    filler = np.zeros((), dtype) if other is None else other.data
+    if valid.all():
+        return TensorHandle(_gather(addresses, dtype), element)
+    if not valid.any():
+        return TensorHandle(np.broadcast_to(filler, addresses.shape), element)
+    readable = np.where(valid, addresses, addresses.flat[valid.argmax()])
+    return TensorHandle(np.where(valid, _gather(readable, dtype), filler), element)
+
+
+def _store(pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *_: object) -> None:
+    """Scatters a block's unmasked elements, by NumPy."""
+    addresses, values, valid = pointers.data, value.data, mask.data.astype(bool, copy=False)
+    if not valid.all():
+        addresses, values = addresses[valid], np.broadcast_to(values, valid.shape)[valid]
+    if addresses.size:
+        memory, places = _memory(addresses, values.dtype)
+        memory[places] = values
+
+
+def _gather(addresses: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    memory, places = _memory(addresses, dtype)
+    return memory.take(places)
+
+
+def _memory(addresses: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The memory from the lowest to the highest address as one array, and each address's place in it."""
+    first, last = int(addresses.min()), int(addresses.max())
+
+    count = (last - first) // dtype.itemsize + 1
+    span = SimpleNamespace(
+        __array_interface__={"version": 3, "typestr": dtype.str, "shape": (count,), "data": (first, False)}
+    )
+    places = (addresses - np.uint64(first)).view(np.int64) >> (dtype.itemsize.bit_length() - 1)
+    return np.asarray(span), places
 
 
 def _is_bfloat16(arg: object) -> bool:

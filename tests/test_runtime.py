@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton.language as tl
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import interpreter_builder
 
@@ -56,8 +57,28 @@ def test_meta_tensors_get_shapes_and_strides_without_a_launch():
         assert (dx.shape, dw.shape) == (x.shape, w.shape)
 
 
+@runtime.kernel
+def _copy_some(x_ptr, y_ptr, COUNT, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    far = tl.where(place < COUNT, place * STEP, 1 << 30)  # masked addresses may be anything
+    tl.store(y_ptr + far, tl.load(x_ptr + far, place < COUNT, other=7), place < COUNT)
+    tl.store(y_ptr + place * STEP + 1, tl.load(x_ptr + far, place < COUNT, other=7))
+    tl.store(y_ptr + far + 2, tl.load(x_ptr + far, place < COUNT), place < COUNT)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.int32, torch.uint8], ids=str)
+def test_our_loads_and_stores_are_the_interpreters(dtype, count):
+    x = torch.arange(40).to(dtype)
+    ours, theirs = torch.full((40,), 99).to(dtype), torch.full((40,), 99).to(dtype)
+    runtime.launch(_copy_some, runtime.Target("interpreter", 1), (1, 1, 1), x, ours, count, STEP=3, BLOCK=8)
+    _copy_some.interpreted[1, 1, 1](x, theirs, count, STEP=3, BLOCK=8)
+    assert torch.equal(ours, theirs)
+    assert (ours[1:25:3] == 7).sum() == 8 - count
+
+
 def test_global_state_of_triton_is_put_back_after_a_failure():
-    options, active = interpreter_builder.options, driver._active
+    builder, active = dict(vars(interpreter_builder)), driver._active
     with pytest.raises(RuntimeError, match="made to fail"), runtime.compiling_ahead("sm_80"):
         raise RuntimeError("made to fail")
     assert driver._active is active
@@ -68,5 +89,5 @@ def test_global_state_of_triton_is_put_back_after_a_failure():
 
     with pytest.raises(Exception, match="undefined_name"):
         runtime.launch(broken, runtime.Target("interpreter", 1), (1, 1, 1), torch.zeros(1))
-    assert interpreter_builder.options is options
+    assert vars(interpreter_builder) == builder
     torch.testing.assert_close(conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)), torch.full((1, 1, 1, 1), 4.0))

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from reference import assert_matches
-from triton.runtime.interpreter import InterpreterBuilder
 
 from kernels import conv2d, runtime, tiles
 from kernels.geometry import ConvGeometry
@@ -22,13 +21,13 @@ CASES = [
 def addresses(monkeypatch) -> list[tuple[int, int]]:
     """(lowest, highest) address of each block that interpreted kernels load, masked elements included."""
     seen = []
-    load = InterpreterBuilder.create_masked_load
+    load = runtime._load
 
-    def record(self, ptrs, *arguments):
-        seen.append((int(ptrs.data.min()), int(ptrs.data.max())))
-        return load(self, ptrs, *arguments)
+    def record(pointers, *arguments):
+        seen.append((int(pointers.data.min()), int(pointers.data.max())))
+        return load(pointers, *arguments)
 
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", record)
+    monkeypatch.setattr(runtime, "_load", record)
     return seen
 
 

@@ -194,6 +194,18 @@ def make_trainer(settings: Settings, folder: Path, console: Console) -> Trainer:
     return Trainer(settings, train_data, val_data, device, folder)
 
 
+@contextlib.contextmanager
+def one_thread(backend: str) -> Iterator[None]:
+    """PyTorch on one thread while kernels are interpreted: a second one only takes the interpreter's core from it."""
+    threads = torch.get_num_threads()
+    if backend == "interpreter":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def train(trainer: Trainer, console: Console) -> None:
     settings, folder = trainer.settings, trainer.folder
     display = Display(
@@ -204,7 +216,7 @@ def train(trainer: Trainer, console: Console) -> None:
         batch_size=settings.batch_size,
     )
     try:
-        with stop_on_signal() as stop, display:
+        with stop_on_signal() as stop, display, one_thread(backend_of(settings.conv, trainer.device)):
             trainer.fit(display, stop)
     except torch.OutOfMemoryError as error:
         raise UserError(
