@@ -100,12 +100,14 @@ def test_ratios_of_the_table():
 
 def test_the_command_labels_rows_and_ends_with_ratios(tmp_path):
     file = tmp_path / "bench.json"
+    # The tests may themselves run on workers of pytest-xdist, where pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     process = subprocess.run(
         [
             sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "--bench-device", "cpu",
             "-k", "forward and conv1x1", f"--benchmark-json={file}", "-p", "no:cacheprovider",
         ],
-        cwd=ROOT, env=os.environ | {"COLUMNS": "80"}, capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, env=environment | {"COLUMNS": "80"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
     rows = {row["name"]: row["extra_info"] for row in json.loads(file.read_text())["benchmarks"]}
