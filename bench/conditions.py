@@ -1,23 +1,17 @@
 """What a measurement is worth nothing without: where, with which versions, of which commit."""
 
-import importlib.metadata
-import platform
 from typing import Any
 
 import torch
 
-from train.report import device_name, git_commit
+from train.report import device_name, git_commit, versions
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """Device, versions and commit of a measurement on `device`, as plain types."""
+    """Device, PyTorch's CPU threads, versions and commit of a measurement on `device`, as plain types."""
     return {
         "device": device_name(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "triton": importlib.metadata.version("triton"),
-            "cuda": torch.version.cuda,
-        },
+        "cpu_threads": torch.get_num_threads(),
+        "versions": versions(),
         "commit": git_commit(),
     }

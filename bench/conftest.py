@@ -19,7 +19,7 @@ from bench.conditions import conditions
 from bench.measure.timer import EventTime, Flush
 from bench.rows import MODEL, PRECISION, SIZES, Row, ratio_table
 from bench.shapes import Layer, timed_layers
-from train.report import backend_of
+from train.report import backend_of, device_name
 
 # Seconds and rounds that a row's repetitions may take; a slow row still gets the least number of rounds.
 BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.5, 5, 200
@@ -38,8 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    if device_of(config).type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--bench-device cuda: PyTorch sees no GPU here")
+    # pytest-benchmark's own tables in 80 columns, unless other columns or names were asked for.
     if not config.getoption("benchmark_columns", None):
-        config.option.benchmark_columns = ["median", "iqr", "rounds"]
+        config.option.benchmark_columns = ["median", "rounds"]
+    if config.getoption("benchmark_name", None) == "normal":  # the default
+        config.option.benchmark_name = "short"
 
 
 def device_of(config: pytest.Config) -> torch.device:
@@ -122,6 +127,8 @@ def timed(benchmark, request, device, size, where, before_each) -> Callable[...,
             w_shape=layer.w_shape if layer else None,
             stride=layer.stride if layer else None,
             padding=layer.padding if layer else None,
+            dilation=layer.dilation if layer else None,
+            groups=layer.groups if layer else None,
             relative_error=error,
             n=rounds,
         )
@@ -155,6 +162,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables: what is read first is what stands last
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     rows = config.stash[ROWS]
     if not rows:
@@ -166,8 +174,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     width = shutil.get_terminal_size().columns
     console = Console(file=text, force_terminal=terminalreporter.hasmarkup, width=width, highlight=False)
     console.print(ratio_table(rows))
-    name = conditions(device)["device"]
-    console.print(f"medians; {name}, batch {images}, {pixels} px, float32 ({PRECISION}); {backends}")
+    name, threads = device_name(device), torch.get_num_threads()
+    console.print(
+        f"medians; {name}, CPU threads {threads}, batch {images}, {pixels} px, float32 ({PRECISION}); {backends}"
+    )
     if any(row.backend == "interpreter" for row in rows):
         console.print("triton: interpreted on a CPU: says nothing about a GPU", style="bold")
     terminalreporter.write_sep("=", "ratios of the same run")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import multiprocessing
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,12 @@ LABEL = "predicted (accounted on meta tensors; no allocator slack, no CUDA conte
 WRITEUP_MIB = {("simplenet", "torch"): 3113, ("simplenet", "unfold"): 4881}
 WRITEUP_BATCH, WRITEUP_IMAGE = 256, 128
 
-NOTES = {
-    "triton": "triton: split-K workspaces of GPU launches are not included; launchers do not run on meta tensors.",
+# convolution -> why its accounted peak is a lower bound.
+LOWER_BOUNDS = {
+    "triton": "triton: launchers do not run on meta tensors, so their workspaces (split-K sums) are left out.",
 }
 
-DESCRIPTION = """
+DESCRIPTION = """\
 Account for the memory of one training step: forward, loss, backward and SGD with momentum, in float32, the second
 step of two, so that the optimizer's state exists. The step runs on meta tensors, which have sizes and no bytes: it
 needs neither the memory nor a GPU. Where there is a GPU, the real step runs on it too, each convolution in a process
@@ -40,9 +42,9 @@ of its own, and the driver's figure (NVML) stands beside the prediction.
 
 EXAMPLES = """
 examples:
-  python -m bench.memory simplenet                         all convolutions, batch 256, 128 px
+  python -m bench.memory simplenet                      all, batch 256, 128 px
   python -m bench.memory simplenet --conv torch triton --batch-size 64
-  python -m bench.memory simplenet --json memory.json      the same in bytes, for programs
+  python -m bench.memory simplenet --json memory.json   in bytes, for programs
 """
 
 

@@ -34,9 +34,9 @@ class Operands:
         layout = models.memory_format(conv)
         with device:
             module = layer.module(conv).to(memory_format=layout).requires_grad_(False)
+            # Drawn into plain tensors, since a draw fills memory in order, and only then brought to the layout.
             x = torch.randn(layer.x_shape).contiguous(memory_format=layout)
-            with torch.no_grad():
-                dy = torch.randn_like(module(x))
+            dy = torch.randn(module(x).shape).contiguous(memory_format=layout)
         return cls(module=module, x=x, dy=dy)
 
     def exact(self) -> "Operands":

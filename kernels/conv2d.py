@@ -8,8 +8,7 @@ from torch.nn.functional import pad
 
 from kernels.geometry import ConvGeometry, pair
 from kernels.ops import Convolution
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from kernels.runtime import DTYPES
 
 
 def conv2d(
@@ -40,7 +39,7 @@ def conv2d(
     geometry = ConvGeometry.of(input.shape, weight.shape, stride, padding, dilation, groups)
     if bias is not None and bias.shape != (geometry.Co,):
         raise RuntimeError(f"conv2d: expected a bias of shape [{geometry.Co}], got {list(bias.shape)}")
-    return Convolution.apply(input, weight, bias, stride, padding, dilation, groups)
+    return Convolution.apply(input, weight, bias, stride, padding, dilation, geometry.groups)
 
 
 def _check(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -56,6 +55,8 @@ def _check(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
                 f"conv2d: input ({input.dtype} on {input.device}) and {name} ({tensor.dtype} on {tensor.device}) "
                 "must have one dtype and one device"
             )
+    if weight.dim() != 4:
+        raise RuntimeError(f"conv2d: expected a 4-D weight, got shape {list(weight.shape)}")
     if input.dim() not in (3, 4):
         raise RuntimeError(
             f"conv2d: expected a 3-D (unbatched) or 4-D (batched) input, got shape {list(input.shape)}"

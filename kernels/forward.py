@@ -26,16 +26,16 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # CI, CO: channels of one group. ROWS = N*P*Q output pixels.
-    TAPS: tl.constexpr = R * S
     TERMS: tl.constexpr = R * S * CI
     PITCH: tl.constexpr = GROUPS * CI
     K_BLOCKS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
+    TILES_N: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
 
     # Neighbouring programs share their pixels, which are many, rather than their weights, which stay in L2 anyway.
-    tiles_n = (CO + BLOCK_N - 1) // BLOCK_N
-    tile_m = tl.program_id(0) // tiles_n
-    tile_n = tl.program_id(0) % tiles_n
-    group = tl.program_id(1)
+    tiles_m = (ROWS + (BLOCK_M - 1)) // BLOCK_M
+    tile_n = tl.program_id(0) % TILES_N
+    tile_m = tl.program_id(0) // TILES_N % tiles_m
+    group = tl.program_id(0) // TILES_N // tiles_m
 
     # The output pixels of this tile, and the input pixel under each one's first tap (in the halo, perhaps).
     o_m = tile_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
@@ -47,16 +47,15 @@ def forward_kernel(
     first_pixel = (n * H + h) * W + w
 
     # Taps that fall inside the image are a range of filter rows and a range of filter columns; none past the last row.
-    r_first = (tl.maximum(-h, 0) + (DH - 1)) // DH
+    r_first = tl.minimum((tl.maximum(-h, 0) + (DH - 1)) // DH, R)
     r_end = tl.where(o_m < ROWS, tl.minimum((tl.maximum(H - h, 0) + (DH - 1)) // DH, R), 0)
-    s_first = (tl.maximum(-w, 0) + (DW - 1)) // DW
+    s_first = tl.minimum((tl.maximum(-w, 0) + (DW - 1)) // DW, S)
     s_end = tl.minimum((tl.maximum(W - w, 0) + (DW - 1)) // DW, S)
 
     # Columns past the last channel repeat it, inside the tensor, and are not stored.
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     channel = (group * CO + tl.minimum(o_n, CO - 1)).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)  # [BK]
-    p_x = x_ptr + group * CI + o_k[None, :]  # [1, BK]
     p_w = w_ptr + channel[None, :] * TERMS + o_k[:, None]  # [BK, BN]
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
@@ -64,14 +63,14 @@ def forward_kernel(
         # Few channels: one step reduces over several taps at once. Terms past the last have r = R, which is outside.
         first = first_pixel.to(tl.int64) * PITCH + group * CI  # [BM]
         for k in range(0, TERMS, BLOCK_K):
-            term = k + o_k  # [BK]
+            term = k + o_k  # [BK], (r*S + s)*CI + c
             r = term // (S * CI)
             s = term // CI % S
             inside = (r[None, :] >= r_first[:, None]) & (r[None, :] < r_end[:, None])  # [BM, BK]
             inside &= (s[None, :] >= s_first[:, None]) & (s[None, :] < s_end[:, None])
             # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
-            tap = (r * DH * W + s * DW).to(tl.int64) * PITCH + term % CI
-            o_x = tl.where(inside, first[:, None] + tap[None, :], 0)
+            o_term = (r * DH * W + s * DW).to(tl.int64) * PITCH + term % CI
+            o_x = tl.where(inside, first[:, None] + o_term[None, :], 0)
             b_x = tl.load(x_ptr + o_x, inside, other=0.0)
             b_w = tl.load(p_w + tl.where(term < TERMS, k, -o_k)[:, None], (term < TERMS)[:, None], other=0.0)
             acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -80,29 +79,32 @@ def forward_kernel(
         # 2**(r*S) over a range of r is a geometric series.
         one = tl.full((BLOCK_M,), 1, BITS)
         row_bits = ((one << tl.maximum(r_end, r_first) * S) - (one << r_first * S)) // (2**S - 1)
-        taps = row_bits * ((one << tl.maximum(s_end, s_first)) - (one << s_first))  # [BM]
+        taps_inside = row_bits * ((one << tl.maximum(s_end, s_first)) - (one << s_first))  # [BM]
+        p_x = x_ptr + group * CI + o_k[None, :]  # [1, BK]
         row_step = W * DH
         # One flattened loop over (tap, channel block), so that loads of the next tap are in flight during this one.
-        for k in range(TAPS * K_BLOCKS):
-            c = k % K_BLOCKS * BLOCK_K
-            inside = ((taps >> k // K_BLOCKS) & 1) != 0  # [BM]
+        for step in range(R * S * K_BLOCKS):
+            tap = step // K_BLOCKS  # r*S + s
+            c = step % K_BLOCKS * BLOCK_K
+            inside = ((taps_inside >> tap) & 1) != 0  # [BM]
             # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
-            pixel = tl.where(inside, first_pixel + (k // K_BLOCKS // S * row_step + k // K_BLOCKS % S * DW), 0)
-            row = pixel.to(tl.int64)[:, None] * PITCH
+            pixel = tl.where(inside, first_pixel + (tap // S * row_step + tap % S * DW), 0)
+            o_x = pixel.to(tl.int64)[:, None] * PITCH
             if CI % BLOCK_K == 0:
-                b_x = tl.load(p_x + (row + c), inside[:, None], other=0.0)
-                b_w = tl.load(p_w + k * BLOCK_K)
+                b_x = tl.load(p_x + (o_x + c), inside[:, None], other=0.0)
+                b_w = tl.load(p_w + step * BLOCK_K)
             else:
+                # Lanes past the last channel go back to the first, inside the tensor, and are masked.
                 in_group = c + o_k < CI
-                lane = tl.where(in_group, c, -o_k)  # past the last channel: back to the first, inside the tensor
-                b_x = tl.load(p_x + lane[None, :] + row, inside[:, None] & in_group[None, :], other=0.0)
-                b_w = tl.load(p_w + (k // K_BLOCKS * CI + lane)[:, None], in_group[:, None], other=0.0)
+                lane = tl.where(in_group, c, -o_k)
+                b_x = tl.load(p_x + lane[None, :] + o_x, inside[:, None] & in_group[None, :], other=0.0)
+                b_w = tl.load(p_w + (tap * CI + lane)[:, None], in_group[:, None], other=0.0)
             acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
 
     if b_ptr is not None:
         acc += tl.load(b_ptr + channel).to(ACC)[None, :]
-    row = n.to(tl.int64) * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
-    p_y = y_ptr + row[:, None] + (channel * stride_yc)[None, :]
+    o_y = n.to(tl.int64) * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
+    p_y = y_ptr + o_y[:, None] + (channel * stride_yc)[None, :]
     tl.store(p_y, acc.to(y_ptr.dtype.element_ty), (o_m < ROWS)[:, None] & (o_n < CO)[None, :])
 
 
@@ -117,8 +119,8 @@ def forward(
 ) -> torch.Tensor:
     """x (N, Ci, H, W), w (Co, Ci/groups, R, S), bias (Co,) or None -> y (N, Co, P, Q) in `memory_format`.
 
-    All of one floating dtype on one device. x and w are copied if they are not channels-last. `precision` is "ieee"
-    or "tf32" and concerns float32 alone.
+    All of one floating dtype on one device. x and w are copied if they are not channels-last, bias if it is not dense.
+    `precision` is "ieee" or "tf32" and concerns float32 alone.
     """
     g = geometry
     target = runtime.target_for(x.device)
@@ -127,23 +129,24 @@ def forward(
         return y
     x = runtime.channels_last(x, "input as channels-last")
     w = runtime.channels_last(w, "weight as channels-last")
+    bias = bias if bias is None else runtime.dense(bias, "dense bias")
     rows = g.N * g.P * g.Q
     tile = tiles.forward_tile(target, g, x.dtype, precision)
     runtime.launch(
         forward_kernel,
         target,
-        (-(-rows // tile.M) * -(-g.Co_group // tile.N), g.groups, 1),
+        (-(-rows // tile.M) * -(-g.Co_group // tile.N) * g.groups, 1),
         x, w, bias, y,
         rows, g.H, g.W, g.P, g.Q, *y.stride(),
         CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW,
         GROUPS=g.groups,
         FLAT=tile.flat,
-        INDEX=runtime.index_type(g.N * g.H * g.W, rows + tile.M),
+        INDEX=runtime.index_type(g.N * (g.H + 2 * g.PH) * (g.W + 2 * g.PW), rows + tile.M),
         BITS=runtime.index_type(2 ** (g.R * g.S)),
         ACC=runtime.accumulator(x.dtype),
         PRECISION=precision,
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, output=y,
     )  # fmt: skip
     return y
 

@@ -6,9 +6,18 @@
 Stride, padding and dilation are in pixels. Nothing here knows of a tensor's memory or of a kernel.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+
+
+def integer(value: int, name: str) -> int:
+    """Anything that counts as an int (NumPy's, a one-element tensor); raises TypeError naming what does not."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"conv2d: {name} must be an int, got {value!r}") from None
 
 
 def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -16,13 +25,11 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
 
     Raises TypeError if it is neither and RuntimeError if it has another length, as PyTorch does.
     """
-    if isinstance(value, int):
-        return value, value
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"conv2d: {name} must be an int or a pair of ints, got {value!r}")
+        return (integer(value, f"{name} (an int or a pair)"),) * 2
     if len(value) not in (1, 2):
         raise RuntimeError(f"conv2d: {name} must have one or two values, got {list(value)}")
-    return value[0], value[-1]
+    return integer(value[0], name), integer(value[-1], name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +77,8 @@ class ConvGeometry:
     ) -> "ConvGeometry":
         """The geometry of conv2d(x, w, ...) for x_shape (N, Ci, H, W) and w_shape (Co, Ci/groups, R, S).
 
-        Raises RuntimeError naming the offending values where `torch.nn.functional.conv2d` would raise one.
+        Raises RuntimeError naming the offending values where `torch.nn.functional.conv2d` would raise one, and for no
+        channels, an empty filter, or one that spans 2**31 pixels; TypeError for what is no int.
         """
         if len(x_shape) != 4 or len(w_shape) != 4:
             raise RuntimeError(
@@ -80,6 +88,7 @@ class ConvGeometry:
         SH, SW = pair(stride, "stride")
         PH, PW = pair(padding, "padding")
         DH, DW = pair(dilation, "dilation")
+        groups = integer(groups, "groups")
         if groups <= 0:
             raise RuntimeError(f"conv2d: groups must be positive, got {groups}")
         if min(SH, SW) <= 0:
@@ -101,6 +110,8 @@ class ConvGeometry:
             raise RuntimeError(
                 f"conv2d: only the batch may be empty, got input {list(x_shape)} and weight {list(w_shape)}"
             )
+        # A stride beyond the padded image leaves one output pixel; capped, it fits a kernel's integers.
+        SH, SW = min(SH, H + 2 * PH), min(SW, W + 2 * PW)
         geometry = cls(
             N=N, Ci=Ci, H=H, W=W, Co=Co, R=R, S=S, SH=SH, SW=SW, PH=PH, PW=PW, DH=DH, DW=DW, groups=groups
         )  # fmt: skip
@@ -109,6 +120,8 @@ class ConvGeometry:
                 f"conv2d: the dilated filter, {DH * (R - 1) + 1} x {DW * (S - 1) + 1} pixels, is larger than the "
                 f"padded input, {H + 2 * PH} x {W + 2 * PW} pixels"
             )
+        if max(DH * (R - 1) * max(W, geometry.Q), DW * (S - 1)) >= 2**31:
+            raise RuntimeError(f"conv2d: a {R} x {S} filter with dilation {(DH, DW)} spans 2**31 pixels or more")
         return geometry
 
     @property
@@ -145,6 +158,16 @@ class ConvGeometry:
     def y_shape(self) -> tuple[int, int, int, int]:
         """(N, Co, P, Q)"""
         return self.N, self.Co, self.P, self.Q
+
+    @property
+    def residue_classes(self) -> tuple[int, int]:
+        """How many residue classes of input rows, and of columns, the stride makes: see input_grad.py."""
+        return min(self.SH, self.H), min(self.SW, self.W)
+
+    @property
+    def residue_class_pixels(self) -> int:
+        """Input pixels of the largest residue class, over the batch."""
+        return self.N * -(-self.H // self.SH) * -(-self.W // self.SW)
 
     @property
     def multiply_adds(self) -> int:

@@ -22,55 +22,64 @@ from kernels.geometry import ConvGeometry
 @runtime.kernel
 def input_grad_kernel(
     dy_ptr, w_ptr, dx_ptr,
-    N, H, W, P, Q,
+    N, ROWS, H, W, P, Q,
     stride_xn, stride_xc, stride_xh, stride_xw,
     CI: tl.constexpr, CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DP: tl.constexpr, DQ: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     STEP_R: tl.constexpr, STEP_S: tl.constexpr, INVERSE_R: tl.constexpr, INVERSE_S: tl.constexpr,
-    GROUPS: tl.constexpr,
+    CLASSES_W: tl.constexpr, GROUPS: tl.constexpr,
     INDEX: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # CI, CO: channels of one group. A step of one class tap is STEP_R filter rows and DP output rows.
+    # CI, CO: channels of one group. ROWS: pixels of the largest class. A step of one class tap is STEP_R filter rows
+    # and DP output rows.
     PITCH: tl.constexpr = GROUPS * CO
     K_BLOCKS: tl.constexpr = (CO + BLOCK_K - 1) // BLOCK_K
+    TILES_N: tl.constexpr = (CI + BLOCK_N - 1) // BLOCK_N
+
+    tiles_m = (ROWS + (BLOCK_M - 1)) // BLOCK_M
+    tile_n = tl.program_id(0) % TILES_N
+    tile_m = tl.program_id(0) // TILES_N % tiles_m
+    group = tl.program_id(0) // TILES_N // tiles_m % GROUPS
 
     # The residue class: its first row and column, how many it has, its first tap, and how many taps.
-    a = tl.program_id(2) // SW
-    b = tl.program_id(2) % SW
-    rows = (H - a + (SH - 1)) // SH
-    columns = (W - b + (SW - 1)) // SW
     if SH == 1 and SW == 1:
+        a = 0
+        b = 0
+        rows = H
+        columns = W
         r0 = 0
         s0 = 0
         taps_r = R
         taps_s = S
+        divisor = S
     else:
+        residue = tl.program_id(0) // TILES_N // tiles_m // GROUPS
+        a = residue // CLASSES_W
+        b = residue % CLASSES_W
+        rows = (H - a + (SH - 1)) // SH
+        columns = (W - b + (SW - 1)) // SW
         r0 = (a + PH) // (SH // STEP_R) * INVERSE_R % STEP_R
         s0 = (b + PW) // (SW // STEP_S) * INVERSE_S % STEP_S
         taps_r = tl.where((a + PH) % (SH // STEP_R) == 0, (tl.maximum(R - r0, 0) + (STEP_R - 1)) // STEP_R, 0)
         taps_s = tl.where((b + PW) % (SW // STEP_S) == 0, (tl.maximum(S - s0, 0) + (STEP_S - 1)) // STEP_S, 0)
-
-    tiles_n = (CI + BLOCK_N - 1) // BLOCK_N
-    tile_m = tl.program_id(0) // tiles_n
-    tile_n = tl.program_id(0) % tiles_n
-    group = tl.program_id(1)
+        divisor = tl.maximum(taps_s, 1)  # the pipeline computes a first step's addresses even where there is no step
 
     # The input pixels of this tile, and the output pixel that each one's first tap reads.
     o_m = tile_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
-    j = o_m % tl.maximum(columns, 1)
-    i = o_m // tl.maximum(columns, 1) % tl.maximum(rows, 1)
-    n = o_m // tl.maximum(columns, 1) // tl.maximum(rows, 1)
-    stored = (n < N) & (rows > 0) & (columns > 0)
+    j = o_m % columns
+    i = o_m // columns % rows
+    n = o_m // columns // rows
+    stored = n < N
     p = i + (a + PH - r0 * DH) // SH
     q = j + (b + PW - s0 * DW) // SW
     first_pixel = (n * P + p) * Q + q
 
     # Taps that read inside dy are a range over rows and a range over columns; none past the last row.
-    t_first = (tl.maximum(p - (P - 1), 0) + (DP - 1)) // DP
+    t_first = tl.minimum((tl.maximum(p - (P - 1), 0) + (DP - 1)) // DP, taps_r)
     t_end = tl.where(stored, tl.minimum(tl.maximum(p + DP, 0) // DP, taps_r), 0)
-    u_first = (tl.maximum(q - (Q - 1), 0) + (DQ - 1)) // DQ
+    u_first = tl.minimum((tl.maximum(q - (Q - 1), 0) + (DQ - 1)) // DQ, taps_s)
     u_end = tl.minimum(tl.maximum(q + DQ, 0) // DQ, taps_s)
 
     # Columns past the last channel repeat it, inside the tensor, and are not stored.
@@ -84,35 +93,36 @@ def input_grad_kernel(
         # The taps inside, as one integer a row (see forward.py): bit t*S+u.
         one = tl.full((BLOCK_M,), 1, BITS)
         row_bits = ((one << tl.maximum(t_end, t_first) * S) - (one << t_first * S)) // (2**S - 1)
-        taps = row_bits * ((one << tl.maximum(u_end, u_first)) - (one << u_first))  # [BM]
+        taps_inside = row_bits * ((one << tl.maximum(u_end, u_first)) - (one << u_first))  # [BM]
     row_step = Q * DP
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
-    for k in range(taps_r * taps_s * K_BLOCKS):
-        t = k // K_BLOCKS // taps_s
-        u = k // K_BLOCKS % taps_s
-        c = k % K_BLOCKS * BLOCK_K
+    for step in range(taps_r * taps_s * K_BLOCKS):
+        t = step // K_BLOCKS // divisor
+        u = step // K_BLOCKS % divisor
+        c = step % K_BLOCKS * BLOCK_K
         if BITS is not None:
-            inside = ((taps >> (t * S + u)) & 1) != 0  # [BM]
+            inside = ((taps_inside >> (t * S + u)) & 1) != 0  # [BM]
         else:
             inside = (t >= t_first) & (t < t_end) & (u >= u_first) & (u < u_end)
         # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
         pixel = tl.where(inside, first_pixel - (t * row_step + u * DQ), 0)
-        row = pixel.to(tl.int64)[:, None] * PITCH
+        o_dy = pixel.to(tl.int64)[:, None] * PITCH
         tap = (r0 + t * STEP_R) * S + s0 + u * STEP_S
         if CO % BLOCK_K == 0:
-            b_dy = tl.load(p_dy + (row + c), inside[:, None], other=0.0)
+            b_dy = tl.load(p_dy + (o_dy + c), inside[:, None], other=0.0)
             b_w = tl.load(p_w + (tap + c * (R * S)) * CI)
         else:
+            # Lanes past the last channel go back to the first, inside the tensor, and are masked.
             in_group = c + o_k < CO
-            lane = tl.where(in_group, c, -o_k)  # past the last channel: back to the first, inside the tensor
-            b_dy = tl.load(p_dy + lane[None, :] + row, inside[:, None] & in_group[None, :], other=0.0)
+            lane = tl.where(in_group, c, -o_k)
+            b_dy = tl.load(p_dy + lane[None, :] + o_dy, inside[:, None] & in_group[None, :], other=0.0)
             b_w = tl.load(p_w + ((tap + lane * (R * S)) * CI)[:, None], in_group[:, None], other=0.0)
         acc = tl.dot(b_dy, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
 
     h = a + i * SH
     w = b + j * SW
-    row = n.to(tl.int64) * stride_xn + h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
-    p_dx = dx_ptr + row[:, None] + ((group * CI + o_n).to(tl.int64) * stride_xc)[None, :]
+    o_dx = n.to(tl.int64) * stride_xn + h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
+    p_dx = dx_ptr + o_dx[:, None] + ((group * CI + o_n).to(tl.int64) * stride_xc)[None, :]
     tl.store(p_dx, acc.to(dx_ptr.dtype.element_ty), stored[:, None] & (o_n < CI)[None, :])
 
 
@@ -138,26 +148,27 @@ def input_grad(
     w = runtime.channels_last(w, "weight as channels-last")
     common_h, common_w = gcd(g.SH, g.DH), gcd(g.SW, g.DW)
     step_r, step_s = g.SH // common_h, g.SW // common_w
-    rows = g.N * -(-g.H // g.SH) * -(-g.W // g.SW)
+    rows = g.residue_class_pixels
+    classes_h, classes_w = g.residue_classes
     tile = tiles.input_grad_tile(target, g, dy.dtype, precision)
     runtime.launch(
         input_grad_kernel,
         target,
-        (-(-rows // tile.M) * -(-g.Ci_group // tile.N), g.groups, g.SH * g.SW),
+        (-(-rows // tile.M) * -(-g.Ci_group // tile.N) * g.groups * classes_h * classes_w, 1),
         dy, w, dx,
-        g.N, g.H, g.W, g.P, g.Q, *dx.stride(),
+        g.N, rows, g.H, g.W, g.P, g.Q, *dx.stride(),
         CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW,
         DP=g.DH // common_h, DQ=g.DW // common_w, DH=g.DH, DW=g.DW,
         STEP_R=step_r, STEP_S=step_s,
         # r0 solves r0 * DH/g = (a + PH)/g (mod SH/g).
         INVERSE_R=pow(g.DH // common_h, -1, step_r), INVERSE_S=pow(g.DW // common_w, -1, step_s),
-        GROUPS=g.groups,
-        INDEX=runtime.index_type(g.N * g.P * g.Q, rows + tile.M),
-        BITS=runtime.index_type(2 ** (g.R * g.S)) if g.R * g.S < 63 else None,
+        CLASSES_W=classes_w, GROUPS=g.groups,
+        INDEX=runtime.index_type(g.N * (g.P + g.DH * g.R) * (g.Q + g.DW * g.S), rows + tile.M),
+        BITS=runtime.index_type(2 ** (g.R * g.S)) if g.R * g.S <= tiles.MOST_TAP_BITS else None,
         ACC=runtime.accumulator(dy.dtype),
         PRECISION=precision,
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, output=dx,
     )  # fmt: skip
     return dx
 

@@ -29,6 +29,9 @@ from kernels.geometry import ConvGeometry
 
 INTERPRETER = "interpreter"
 
+# What the kernels compute in.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # Compilation ahead of time swaps Triton's driver and interpretation patches `triton.language`: global state, which a
 # launch in another thread must not meet half way.
 _triton_lock = threading.RLock()
@@ -92,7 +95,7 @@ def target_for(device: torch.device) -> Target:
 
 @contextlib.contextmanager
 def on_allocate(listener: Callable[[int, str, torch.Tensor], None]) -> Iterator[None]:
-    """Calls `listener(nbytes, what, tensor)` for each buffer a launcher takes while the context is open.
+    """Calls `listener(nbytes, what, tensor)` for each buffer a launcher takes, in any thread, while it is open.
 
     A dispatch mode never looks inside a custom operator; this is how an accountant sees what is taken there:
     outputs, split-K workspaces and layout copies.
@@ -129,6 +132,13 @@ def channels_last(tensor: torch.Tensor, what: str) -> torch.Tensor:
     return copy.copy_(tensor)
 
 
+def dense(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """The tensor itself if its memory is dense in the order of its axes, else a copy that is, announced as `what`."""
+    if tensor.is_contiguous():
+        return tensor
+    return empty(tuple(tensor.shape), what, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def index_type(*extents: int) -> tl.dtype:
     """The integer type that counts pixels: int32 while every extent fits it, else int64."""
     return tl.int32 if max(extents) < 2**31 else tl.int64
@@ -140,15 +150,23 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 def launch(
-    kernel: Kernel, target: Target, grid: tuple[int, int, int], *args: torch.Tensor | int | None, **constants
+    kernel: Kernel,
+    target: Target,
+    grid: tuple[int, int],
+    *args: torch.Tensor | int | None,
+    output: torch.Tensor,
+    **constants,
 ) -> None:
     """Runs `kernel` over `grid`; `constants` are its compile-time arguments, with `num_warps` and `num_stages`.
+
+    `output` is the one of `args` that the kernel writes. CUDA takes 2**31 - 1 programs on the first axis of a grid,
+    65,535 on the second.
 
     Nothing is launched for meta tensors: the kernel is compiled for `target` and collected by `compiling_ahead`.
     """
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     if target.name == INTERPRETER:
-        _interpret(kernel, grid, args, constants)
+        _interpret(kernel, grid, args, output, constants)
     elif tensors[0].is_meta:
         stand_ins = [MockTensor(arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]
         _ahead.collected.append(kernel.compiled.warmup(*stand_ins, grid=grid, **constants))
@@ -157,14 +175,14 @@ def launch(
             kernel.compiled[grid](*args, **constants)
 
 
-def _interpret(kernel: Kernel, grid: tuple[int, int, int], args: tuple, constants: dict) -> None:
+def _interpret(kernel: Kernel, grid: tuple[int, int], args: tuple, output: torch.Tensor, constants: dict) -> None:
     # Triton's interpreter rounds to bfloat16 wrongly where a mantissa overflows (1.999 becomes 1.0) and multiplies
     # bfloat16 bit patterns as integers, so such kernels run on float32 copies: products of bfloat16 values are exact
     # there, and sums are float32 on a GPU too.
     wide = [arg.float() if _is_bfloat16(arg) else arg for arg in args]
     builder = triton_interpreter.interpreter_builder
-    usual = dict(vars(builder))
     with _triton_lock, np.errstate(all="ignore"):
+        usual = dict(vars(builder))
         # Overflow checks make every integer operation ten; a compiled kernel has none either.
         builder.options = replace(builder.options, sanitize_overflow=False)
         # Triton's own pair copies one element at a time, which was half of a training step's time.
@@ -174,9 +192,8 @@ def _interpret(kernel: Kernel, grid: tuple[int, int, int], args: tuple, constant
         finally:
             vars(builder).clear()
             vars(builder).update(usual)
-    for arg, copy in zip(args, wide, strict=True):
-        if _is_bfloat16(arg):
-            arg.copy_(copy)
+    if _is_bfloat16(output):
+        output.copy_(next(copy for arg, copy in zip(args, wide, strict=True) if arg is output))
 
 
 def _load(pointers: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *_: object) -> TensorHandle:
@@ -293,11 +310,13 @@ def compile_ahead(
     and arguments, on meta tensors, and the JIT itself specialises them. Each kernel has `.asm["cubin"]`, `.asm["ptx"]`
     and `.metadata`.
 
-    Raises ValueError for an unknown operation, architecture or precision, and RuntimeError for a geometry that does not
-    fit.
+    Raises ValueError for an unknown operation, architecture, dtype or precision, and RuntimeError for a geometry that
+    does not fit.
     """
     if op not in _operations:
         raise ValueError(f"unknown operation {op!r}; known: {', '.join(_operations)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"unsupported dtype {dtype}; supported: {', '.join(map(str, DTYPES))}")
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
     geometry = ConvGeometry.of(x_shape, w_shape, stride, padding, dilation, groups)

@@ -31,7 +31,7 @@ class Tile:
     """Whether a block of the filter runs over (r, s, channel) as one axis, instead of staying within one tap."""
 
 
-# tl.dot wants blocks of at least 16 on each side.
+# Half precision's matrix instructions take 16 terms at once; no block of any dtype is made smaller.
 SMALLEST = 16
 
 # Triton refuses blocks of more elements.
@@ -43,7 +43,7 @@ MOST_TAP_BITS = 62
 # (first generation it serves, bytes of an operand) -> tile of forward and input gradient. tests/test_compile_ahead.py
 # compiles them for SimpleNet's convolutions and fails on a spill.
 PIXEL_TILES = {
-    # No tensor cores under Triton before sm_80: everything is FFMA, and wider or deeper blocks spill.
+    # No tensor cores under Triton before sm_80: everything is FFMA. Half precision spills at twice the depth.
     (75, 2): Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
     (75, 4): Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
     (75, 8): Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),
@@ -57,7 +57,8 @@ PIXEL_TILES = {
     (120, 4): Tile(M=128, N=64, K=32, num_warps=8, num_stages=3),
 }
 
-# The same for forward over few channels, where each element has a mask and an address of its own in registers.
+# The same for forward over few channels, where each element has a mask and an address of its own in registers: the
+# shallowest blocks, and more warps to hold them.
 FLAT_TILES = {
     (75, 2): Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
     (75, 4): Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
@@ -68,7 +69,8 @@ FLAT_TILES = {
     (120, 4): Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),
 }
 
-# The same for the weight gradient, whose reduction runs over pixels.
+# The same for the weight gradient, whose reduction runs over pixels: square, since both operands are loaded by pixel,
+# and small, since Co x R*S*Ci has few blocks to share among the multiprocessors.
 WEIGHT_TILES = {
     (75, 2): Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
     (75, 4): Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
@@ -92,10 +94,15 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def few_channels(geometry: ConvGeometry) -> bool:
+    """Whether one tap has too few channels to fill a block, so that a block should span several taps."""
+    return geometry.Ci_group < SMALLEST and geometry.R * geometry.S > 1
+
+
 def forward_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> Tile:
     """The forward product's tile: rows are output pixels, columns output channels of a group."""
     g = geometry
-    flat = (g.Ci_group < SMALLEST and g.R * g.S > 1) or g.R * g.S > MOST_TAP_BITS
+    flat = few_channels(g) or g.R * g.S > MOST_TAP_BITS
     terms = g.R * g.S * g.Ci_group if flat else g.Ci_group
     table = FLAT_TILES if flat else PIXEL_TILES
     return replace(_pixel_tile(table, target, dtype, precision, g.N * g.P * g.Q, g.Co_group, terms), flat=flat)
@@ -104,8 +111,7 @@ def forward_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype, pre
 def input_grad_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> Tile:
     """The input gradient's tile: rows are input pixels of one residue class, columns input channels of a group."""
     g = geometry
-    rows = g.N * -(-g.H // g.SH) * -(-g.W // g.SW)
-    return _pixel_tile(PIXEL_TILES, target, dtype, precision, rows, g.Ci_group, g.Co_group)
+    return _pixel_tile(PIXEL_TILES, target, dtype, precision, g.residue_class_pixels, g.Ci_group, g.Co_group)
 
 
 def weight_grad_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> Tile:
@@ -121,7 +127,7 @@ def weight_grad_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype,
             key=lambda N: -(-places // N) * (INTERPRETED_STEP + INTERPRETED_LOAD * rows * (N + M)),
         )
         return Tile(M=M, N=N, K=min(power_of_two(rows), INTERPRETER_ROWS, LARGEST_BLOCK // max(M, N)), flat=True)
-    flat = g.Ci_group < SMALLEST and g.R * g.S > 1
+    flat = few_channels(g)
     tile = _lookup(WEIGHT_TILES, target, dtype, precision)
     return replace(
         tile, M=_fit(tile.M, g.Co_group), N=_fit(tile.N, places if flat else g.Ci_group), flat=flat

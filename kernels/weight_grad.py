@@ -22,19 +22,19 @@ def weight_grad_kernel(
     stride_wz, stride_wk, stride_wc, stride_wr, stride_ws,
     CI: tl.constexpr, CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, TILES_N: tl.constexpr,
     FLAT: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # CI, CO: channels of one group. ROWS = N*P*Q output pixels; each split takes STEPS blocks of BLOCK_K of them.
     PITCH_X: tl.constexpr = GROUPS * CI
     N_BLOCKS: tl.constexpr = (CI + BLOCK_N - 1) // BLOCK_N
-    TILES_N: tl.constexpr = (R * S * CI + BLOCK_N - 1) // BLOCK_N if FLAT else R * S * N_BLOCKS
+    TILES_M: tl.constexpr = (CO + BLOCK_M - 1) // BLOCK_M
 
-    tile_m = tl.program_id(0) // TILES_N
     tile_n = tl.program_id(0) % TILES_N
-    group = tl.program_id(1)
-    split = tl.program_id(2)
+    tile_m = tl.program_id(0) // TILES_N % TILES_M
+    group = tl.program_id(0) // TILES_N // TILES_M
+    split = tl.program_id(1)
 
     # Filter places of this tile. With enough channels a tile lies within one tap, and (r, s) are scalars. Places past
     # the last have r = R, which is outside.
@@ -56,7 +56,7 @@ def weight_grad_kernel(
     ci = c if CI % BLOCK_N == 0 or FLAT else tl.minimum(c, CI - 1)
     p_dy = dy_ptr + (group * CO + co)[None, :]  # [1, BM]
     p_x = x_ptr + (group * CI + ci)[None, :]  # [1, BN]
-    tap = r * DH * W + s * DW
+    tap_pixel = r * DH * W + s * DW
 
     o_k = (split * STEPS).to(INDEX) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK] output pixels
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
@@ -78,14 +78,14 @@ def weight_grad_kernel(
             inside = (r[None, :] >= r_first[:, None]) & (r[None, :] < r_end[:, None])  # [BK, BN]
             inside &= (s[None, :] >= s_first[:, None]) & (s[None, :] < s_end[:, None])
             first = first_pixel.to(tl.int64) * PITCH_X
-            o_x = tl.where(inside, first[:, None] + (tap.to(tl.int64) * PITCH_X)[None, :], 0)
+            o_x = tl.where(inside, first[:, None] + (tap_pixel.to(tl.int64) * PITCH_X)[None, :], 0)
             b_x = tl.load(p_x + o_x, inside, other=0.0)
         else:
             h_tap = h + r * DH
             w_tap = w + s * DW
             inside = (h_tap >= 0) & (h_tap < H) & (w_tap >= 0) & (w_tap < W) & in_rows  # [BK]
             # Chosen before the multiplication, so that rows are seen to start at multiples of Ci: 16-byte loads.
-            pixel = tl.where(inside, first_pixel + tap, 0)
+            pixel = tl.where(inside, first_pixel + tap_pixel, 0)
             b_x = tl.load(p_x + pixel.to(tl.int64)[:, None] * PITCH_X, inside[:, None], other=0.0)
         row = tl.where(in_rows, o_k, 0).to(tl.int64) * (GROUPS * CO)
         b_dy = tl.load(p_dy + row[:, None], in_rows[:, None], other=0.0)  # [BK, BM]
@@ -158,26 +158,26 @@ def weight_grad(
     runtime.launch(
         weight_grad_kernel,
         target,
-        (programs, g.groups, splits),
+        (programs * g.groups, splits),
         dy, x, partial,
         rows, -(-steps // splits), g.H, g.W, g.P, g.Q, *strides,
         CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW,
-        GROUPS=g.groups,
+        GROUPS=g.groups, TILES_N=tiles_n,
         FLAT=tile.flat,
-        INDEX=runtime.index_type(g.N * g.H * g.W, rows + splits * tile.K),
+        INDEX=runtime.index_type(g.N * (g.H + 2 * g.PH) * (g.W + 2 * g.PW), rows + splits * tile.K),
         ACC=runtime.accumulator(dy.dtype),
         PRECISION=precision,
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, output=partial,
     )  # fmt: skip
     if splits > 1:
         block = 1024
         runtime.launch(
             sum_splits_kernel,
             target,
-            (-(-dw.numel() // block), 1, 1),
+            (-(-dw.numel() // block), 1),
             partial, dw, splits, g.Ci_group, g.R, g.S, dw.numel(), *dw.stride(),
-            ACC=runtime.accumulator(dy.dtype), BLOCK=block, num_warps=4, num_stages=1,
+            ACC=runtime.accumulator(dy.dtype), BLOCK=block, num_warps=4, num_stages=1, output=dw,
         )  # fmt: skip
     return dw
 

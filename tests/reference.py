@@ -16,8 +16,8 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 def results(conv2d, x, w, b, dy, **geometry) -> tuple[torch.Tensor | None, ...]:
-    """(y, dx, dw, db) of a convolution; dy None stands for ones."""
-    x, w, b = (t if t is None else t.detach().clone().requires_grad_() for t in (x, w, b))
+    """(y, dx, dw, db) of a convolution of exactly these operands, strides and offsets included; dy None is ones."""
+    x, w, b = (t if t is None else t.detach().requires_grad_() for t in (x, w, b))
     y = conv2d(x, w, b, **geometry)
     y.backward(torch.ones_like(y) if dy is None else dy)
     return y.detach(), x.grad, w.grad, None if b is None else b.grad
@@ -43,3 +43,7 @@ def assert_matches(conv2d, x_shape, w_shape, dtype=torch.float32, bias=True, dev
         excess = (result.cpu().double() - exact).abs() - TOLERANCE[dtype] * bound
         assert not excess.isnan().any(), f"{name} has NaN"
         assert excess.max() <= 0, f"{name} is off by {excess.max():.3g} more than rounding explains"
+
+
+# (padding, stride) of the convolutions that the write-up checked its own with.
+WRITE_UP_CASES = [(0, 1), (0, 3), (3, 3)]

@@ -5,10 +5,12 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
-from reference import assert_matches, native_conv2d, random, results
+from reference import WRITE_UP_CASES, assert_matches, native_conv2d, random, results
 from torch import nn
+from triton.runtime.interpreter import interpreter_builder
 
 from kernels import Conv2d, conv2d, ops
 
@@ -33,6 +35,11 @@ CASES = [
     pytest.param((1, 16, 2, 2), (16, 16, 3, 3), {"padding": 6}, id="halo-larger-than-image"),
     pytest.param((1, 16, 3, 1), (16, 16, 1, 1), {"stride": 5, "padding": 2}, id="one-column-mostly-halo"),
     pytest.param((1, 1, 1, 1), (1, 1, 1, 1), {}, id="a-single-number"),
+    pytest.param((2, 17, 5, 6), (3, 17, 2, 2), {"stride": 10**6, "padding": 1}, id="stride-beyond-the-image"),
+    pytest.param((1, 32, 4, 4), (16, 32, 1, 1), {"stride": 100, "padding": 40}, id="padding-beyond-filter-and-image"),
+    pytest.param((1, 1, 1, 30000), (1, 1, 2, 1),
+                 {"padding": (40000, 0), "dilation": (60000, 1), "stride": (7000, 30000)},
+                 id="padded-image-past-2-to-the-31-pixels"),
     pytest.param((1, 300, 5, 5), (3, 300, 3, 3), {"padding": 1}, id="more-channels-than-a-block"),
     pytest.param((2, 2, 70, 70), (3, 2, 3, 3), {"padding": 1}, id="more-pixels-than-a-block"),
 ]  # fmt: skip
@@ -49,7 +56,7 @@ def test_narrower_dtypes_agree(x_shape, w_shape, geometry, dtype):
     assert_matches(conv2d, x_shape, w_shape, dtype, **geometry)
 
 
-@pytest.mark.parametrize(("padding", "stride"), [(0, 1), (0, 3), (3, 3)])
+@pytest.mark.parametrize(("padding", "stride"), WRITE_UP_CASES)
 def test_the_write_ups_cases(padding, stride):
     assert_matches(conv2d, (2, 3, 12, 12), (64, 3, 7, 7), torch.float64, padding=padding, stride=stride)
 
@@ -70,7 +77,7 @@ LAYOUTS = {
     "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "sliced": lambda x: torch.cat([x, x], 3)[..., : x.shape[3]],
-    "offset": lambda x: torch.cat([x, x])[x.shape[0] :].contiguous(memory_format=torch.channels_last)[:],
+    "offset": lambda x: torch.cat([x, x]).contiguous(memory_format=torch.channels_last)[x.shape[0] :],
     "every-other": lambda x: x.repeat_interleave(2, 1)[:, ::2],
 }
 
@@ -78,6 +85,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_in_and_the_strides_of_nn_conv2d_out(layout):
     x = LAYOUTS[layout](random(2, 6, 5, 7, dtype=torch.float64, seed=0))
+    assert torch.equal(x, random(2, 6, 5, 7, dtype=torch.float64, seed=0)) or layout in ("sliced", "every-other")
     w = random(4, 6, 3, 3, dtype=torch.float64, seed=1)
     for weight in (w, w.contiguous(memory_format=torch.channels_last)):
         ours = results(conv2d, x, weight, None, None, padding=1)[:3]
@@ -91,6 +99,31 @@ def test_an_expanded_input_is_read_right():
     x = random(1, 1, 6, 6, dtype=torch.float64, seed=0).expand(3, 4, 6, 6)
     w = random(2, 4, 3, 3, dtype=torch.float64, seed=1)
     torch.testing.assert_close(conv2d(x, w), native_conv2d(x, w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_any_strides_of_the_bias(dtype):
+    x, w = random(2, 6, 5, 5, dtype=dtype, seed=0), random(4, 6, 3, 3, dtype=dtype, seed=1)
+    bias = torch.arange(8, dtype=dtype)
+    for b in (bias[::2], bias[4:], bias[5].expand(4), bias.view(4, 2)[:, 1]):
+        exact = native_conv2d(x.double(), w.double(), b.double())
+        torch.testing.assert_close(conv2d(x, w, b).double(), exact, rtol=2**-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operands_are_left_alone_and_chains_differentiate(dtype):
+    x = random(2, 6, 5, 5, dtype=dtype, seed=0).to(memory_format=torch.channels_last).requires_grad_()
+    w = random(4, 6, 3, 3, dtype=dtype, seed=1).to(memory_format=torch.channels_last).requires_grad_()
+    b = random(4, dtype=dtype, seed=2).requires_grad_()
+    hidden = x.relu()
+    versions = [t._version for t in (hidden, w, b)]
+    y = conv2d(hidden, w, b).relu_()
+    y.sum().backward()
+    assert [t._version for t in (hidden, w, b)] == versions
+    native = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    native_conv2d(native[0].relu(), *native[1:]).relu().sum().backward()
+    for ours, exact in zip((x, w, b), native, strict=True):
+        torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=2e-2, atol=2e-2)
 
 
 def test_unbatched_input_and_named_padding():
@@ -178,6 +211,8 @@ def test_two_threads_at_once_give_what_one_gives():
     operands = [[random(*s, dtype=torch.float64, seed=i) for i, s in enumerate(pair)] for pair in shapes]
     expected = [results(native_conv2d, x, w, None, None) for x, w in operands]
     failures = []
+    conv2d(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))  # the interpreter remembers the last grid it ran
+    builder = dict(vars(interpreter_builder))
 
     def work(index: int) -> None:
         for _ in range(8):
@@ -191,6 +226,7 @@ def test_two_threads_at_once_give_what_one_gives():
     for thread in threads:
         thread.join()
     assert failures == []
+    assert vars(interpreter_builder) == builder, "a launch left Triton's interpreter patched"
 
 
 @pytest.mark.parametrize("imports", ["import torchvision, kernels", "import kernels, torchvision"])
@@ -225,6 +261,9 @@ BAD_CALLS = [
     pytest.param({"dilation": 5}, "11 x 11 pixels, is larger than the padded input, 8 x 8", id="too-dilated"),
     pytest.param({"groups": 0}, "groups must be positive, got 0", id="no-groups"),
     pytest.param({"groups": 3}, "4 output channels", id="groups-do-not-divide"),
+    pytest.param({"dilation": 2**30}, "larger than the padded input", id="dilated-past-the-integers"),
+    pytest.param({"weight": torch.ones(4, 3, 3)}, "4-D weight, got shape [4, 3, 3]", id="three-dimensional-weight"),
+    pytest.param({"weight": torch.ones(4, 3, 3), "padding": "same"}, "4-D weight", id="the-same-with-same"),
     pytest.param({"input": torch.ones(1, 2, 8, 8)}, "expects 3 input channels", id="channels"),
     pytest.param({"input": torch.ones(8, 8)}, "3-D (unbatched) or 4-D", id="two-dimensional"),
     pytest.param({"input": torch.ones(1, 3, 2, 8)}, "larger than the padded input, 2 x 8", id="too-small"),
@@ -246,10 +285,26 @@ def test_bad_calls_are_refused_by_name_as_pytorch_refuses_them(changed, message)
             native_conv2d(**call)
 
 
-@pytest.mark.parametrize("changed", [{"stride": "two"}, {"stride": 1.5}, {"weight": [1.0]}], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [{"stride": "two"}, {"stride": 1.5}, {"stride": (1, 2.5)}, {"padding": (1, "a")}, {"groups": "1"}, {"groups": 1.0},
+     {"weight": [1.0]}, {"bias": 3}],
+    ids=str,
+)  # fmt: skip
 def test_arguments_of_the_wrong_kind_are_type_errors(changed):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="conv2d: "):
         conv2d(**{"input": torch.ones(1, 3, 8, 8), "weight": torch.ones(4, 3, 3, 3), **changed})
+
+
+def test_whatever_counts_as_an_int_is_one():
+    x, w = random(1, 4, 8, 8, dtype=torch.float64, seed=0), random(4, 2, 3, 3, dtype=torch.float64, seed=1)
+    ours = conv2d(x, w, stride=np.int64(2), padding=torch.tensor(1), dilation=[np.int32(1)], groups=np.int64(2))
+    torch.testing.assert_close(ours, native_conv2d(x, w, stride=2, padding=1, groups=2))
+
+
+def test_a_filter_that_spans_too_many_pixels_is_refused_and_not_miscounted():
+    with pytest.raises(RuntimeError, match="spans 2\\*\\*31 pixels or more"):
+        conv2d(torch.ones(1, 1, 1, 32768), torch.ones(1, 1, 3, 1), padding=(65536, 0), dilation=(65536, 1))
 
 
 def test_the_module_is_nn_conv2d_in_constructor_state_and_repr():

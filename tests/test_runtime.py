@@ -71,7 +71,7 @@ def _copy_some(x_ptr, y_ptr, COUNT, STEP: tl.constexpr, BLOCK: tl.constexpr):
 def test_our_loads_and_stores_are_the_interpreters(dtype, count):
     x = torch.arange(40).to(dtype)
     ours, theirs = torch.full((40,), 99).to(dtype), torch.full((40,), 99).to(dtype)
-    runtime.launch(_copy_some, runtime.Target("interpreter", 1), (1, 1, 1), x, ours, count, STEP=3, BLOCK=8)
+    runtime.launch(_copy_some, runtime.Target("interpreter", 1), (1, 1), x, ours, count, output=ours, STEP=3, BLOCK=8)
     _copy_some.interpreted[1, 1, 1](x, theirs, count, STEP=3, BLOCK=8)
     assert torch.equal(ours, theirs)
     assert (ours[1:25:3] == 7).sum() == 8 - count
@@ -88,6 +88,6 @@ def test_global_state_of_triton_is_put_back_after_a_failure():
         undefined_name()  # noqa: F821
 
     with pytest.raises(Exception, match="undefined_name"):
-        runtime.launch(broken, runtime.Target("interpreter", 1), (1, 1, 1), torch.zeros(1))
+        runtime.launch(broken, runtime.Target("interpreter", 1), (1, 1), x := torch.zeros(1), output=x)
     assert vars(interpreter_builder) == builder
     torch.testing.assert_close(conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)), torch.full((1, 1, 1, 1), 4.0))

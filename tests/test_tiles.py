@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import assert_matches
 
-from kernels import conv2d, runtime, tiles
+from kernels import conv2d, ops, runtime, tiles
 from kernels.geometry import ConvGeometry
 from kernels.runtime import Target
 
@@ -50,6 +50,17 @@ def gpu_tiles(monkeypatch):
 def test_gpu_tiles_compute_the_same_when_interpreted(x_shape, w_shape, geometry, arch, dtype, gpu_tiles):
     gpu_tiles(arch)
     assert_matches(conv2d, x_shape, w_shape, dtype, **geometry)
+
+
+@pytest.mark.parametrize(("x_shape", "w_shape", "geometry"), CASES)
+def test_the_ieee_tile_computes_the_same_when_interpreted(x_shape, w_shape, geometry, gpu_tiles, monkeypatch):
+    gpu_tiles("sm_80")
+    monkeypatch.setattr(ops, "_precision", lambda dtype: "ieee")
+    taken = []
+    lookup = tiles._lookup
+    monkeypatch.setattr(tiles, "_lookup", lambda *a: taken.append(lookup(*a)) or taken[-1])
+    assert_matches(conv2d, x_shape, w_shape, torch.float32, **geometry)
+    assert set(taken) == {tiles.IEEE_FP32_TILE}
 
 
 ADDRESS_CASES = [

@@ -57,6 +57,16 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
     return {"kind": kind, "mib": round(size / 2**20, 1)}
 
 
+def versions() -> dict[str, str | None]:
+    """Of Python, of the packages that compute, and of the CUDA that PyTorch was built for, if any."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+    }
+
+
 def git_commit() -> str | None:
     """The commit of the checkout these files are in, with "+changes" where it has any; None outside one."""
     root = Path(__file__).resolve().parent.parent
@@ -99,12 +109,7 @@ def summarise(
         "images_per_s": round(images_per_s, 1),
         "memory": peak_memory(device),
         "seed": settings.seed,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-            "cuda": torch.version.cuda,
-        },
+        "versions": versions(),
         "commit": git_commit(),
     }
 
