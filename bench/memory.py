@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import multiprocessing
+import shutil
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,10 @@ LABEL = "predicted (accounted on meta tensors; no allocator slack, no CUDA conte
 WRITEUP_MIB = {("simplenet", "torch"): 3113, ("simplenet", "unfold"): 4881}
 WRITEUP_BATCH, WRITEUP_IMAGE = 256, 128
 
-# convolution -> why its accounted peak is a lower bound.
+# convolution -> why its peak and the ratio made of it are lower bounds.
 LOWER_BOUNDS = {
-    "triton": "triton: launchers do not run on meta tensors, so their workspaces (split-K sums) are left out.",
+    "triton": "≥: at least. Triton's launchers do not run on meta tensors, so their split-K workspaces are not "
+    "included; cuDNN's are in no column either.",
 }
 
 DESCRIPTION = """\
@@ -129,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m bench.memory",
         usage="python -m bench.memory MODEL [options]",
-        description=DESCRIPTION,
+        description=textwrap.fill(DESCRIPTION, max(40, shutil.get_terminal_size().columns - 2)),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -191,7 +193,8 @@ def make_report(
         "convolutions": {
             conv: {
                 "peak": tracker.peak,
-                "at_peak": tracker.at_peak,
+                "is_lower_bound": conv in LOWER_BOUNDS,
+                "at_peak": tracker.at_peak | ({WORKSPACE: None} if conv in LOWER_BOUNDS else {}),
                 "ratio_to_torch": round(tracker.peak / reference, 4) if reference else None,
                 "measured": measured.get(conv),
                 "writeup_nvidia_smi_mib": WRITEUP_MIB.get((first.model, conv)) if as_writeup else None,
@@ -200,7 +203,7 @@ def make_report(
         },
         "gpu": gpu.name if gpu else None,
         "no_gpu_because": reason,
-        "notes": [NOTES[conv] for conv in accounts if conv in NOTES],
+        "notes": [LOWER_BOUNDS[conv] for conv in accounts if conv in LOWER_BOUNDS],
         "conditions": conditions(torch.device("cuda", 0) if gpu else torch.device("cpu")),
     }
 
@@ -217,14 +220,13 @@ def print_report(console: Console, report: dict) -> None:
     for conv in entries:
         table.add_column(conv, justify="right")
     for category in CATEGORIES:
-        cells = [mib(entry["at_peak"][category]) for entry in entries.values()]
-        if category == WORKSPACE:
-            cells = ["not known" if conv in NOTES else cell for conv, cell in zip(entries, cells, strict=True)]
-        table.add_row(category, *cells)
+        table.add_row(category, *(mib(entry["at_peak"][category]) for entry in entries.values()))
     table.add_section()
-    table.add_row("peak, all together", *(mib(entry["peak"]) for entry in entries.values()), style="bold")
+    peaks = [bounded(entry, mib(entry["peak"])) for entry in entries.values()]
+    table.add_row("peak, all together", *peaks, style="bold")
     if "torch" in entries:
-        table.add_row("times torch's", *(f"{entry['ratio_to_torch']:.2f}" for entry in entries.values()))
+        ratios = [bounded(entry, f"{entry['ratio_to_torch']:.2f}") for entry in entries.values()]
+        table.add_row("times torch's", *ratios)
     if report["gpu"]:
         table.add_section()
         table.add_row("measured here by NVML", *(measured_cell(entry["measured"]) for entry in entries.values()))
@@ -247,8 +249,12 @@ def print_report(console: Console, report: dict) -> None:
         console.print(f"no measured figure: {report['no_gpu_because']}")
 
 
-def mib(nbytes: int) -> str:
-    return f"{nbytes / MIB:,.1f}"
+def mib(nbytes: int | None) -> str:
+    return "not known" if nbytes is None else f"{nbytes / MIB:,.1f}"
+
+
+def bounded(entry: dict, figure: str) -> str:
+    return f"≥ {figure}" if entry["is_lower_bound"] else figure
 
 
 def measured_cell(measured: dict) -> str:

@@ -63,6 +63,18 @@ def test_a_gradient_row_computes_that_gradient_alone():
     assert not operands.x.requires_grad
 
 
+def test_each_convolution_gets_the_same_values_in_its_own_layout():
+    layer = timed_layers("simplenet", 2, 32)[1]
+    reference = test_conv.Operands.of(layer, "torch", torch.device("cpu"))
+    for conv in models.CONVOLUTIONS:
+        ours = test_conv.Operands.of(layer, conv, torch.device("cpu"))
+        for name in ("x", "dy"):
+            assert torch.equal(getattr(ours, name), getattr(reference, name)), (conv, name)
+            assert getattr(ours, name).is_contiguous(memory_format=models.memory_format(conv)), (conv, name)
+        for name, value in reference.module.state_dict().items():
+            assert torch.equal(ours.module.state_dict()[name], value), (conv, name)
+
+
 def test_event_times_subtract_to_seconds(monkeypatch):
     clock = iter([1000.0, 1250.0])  # milliseconds
 
@@ -98,17 +110,18 @@ def test_ratios_of_the_table():
     assert step == ["train_step", "simplenet", "-", "-", "1,500.00", "-", "-"]
 
 
+def bench_run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    # The tests may themselves run on workers of pytest-xdist, where pytest-benchmark measures nothing.
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT, env=ours | environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
 def test_the_command_labels_rows_and_ends_with_ratios(tmp_path):
     file = tmp_path / "bench.json"
-    # The tests may themselves run on workers of pytest-xdist, where pytest-benchmark measures nothing.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    process = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "--bench-device", "cpu",
-            "-k", "forward and conv1x1", f"--benchmark-json={file}", "-p", "no:cacheprovider",
-        ],
-        cwd=ROOT, env=environment | {"COLUMNS": "80"}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    process = bench_run("--bench-device", "cpu", "-k", "forward and conv1x1", f"--benchmark-json={file}", COLUMNS="80")
     assert process.returncode == 0, process.stdout + process.stderr
     rows = {row["name"]: row["extra_info"] for row in json.loads(file.read_text())["benchmarks"]}
     assert set(rows) == {
@@ -118,6 +131,22 @@ def test_the_command_labels_rows_and_ends_with_ratios(tmp_path):
     }
     for info in rows.values():
         assert {"device", "versions", "commit", "dtype", "x_shape", "w_shape", "backend", "n"} <= set(info)
-    assert "triton: interpreted on a CPU: says nothing about a GPU" in process.stdout
-    assert "/ torch" in process.stdout
+        assert info["cpu_threads"] == 1
+        assert (info["dilation"], info["groups"]) == ([1, 1], 1)
+    theirs, ratios = process.stdout.index("benchmark 'forward'"), process.stdout.index("ratios of the same run")
+    assert theirs < ratios
+    their_table = process.stdout[theirs : process.stdout.index("Legend:")]
+    assert "\nforward[triton-interpreter-conv1x1-256]" in their_table
+    assert max(map(len, their_table.splitlines())) <= 80
+    ours = process.stdout[ratios:]
+    assert "/ torch" in ours
+    assert "CPU threads 1" in ours
+    assert "triton: interpreted on a CPU: says nothing about a GPU" in ours
     assert "…" not in process.stdout
+
+
+def test_a_missing_gpu_is_one_line():
+    process = bench_run("--bench-device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert process.returncode == pytest.ExitCode.USAGE_ERROR
+    lines = [line for line in (process.stdout + process.stderr).splitlines() if line]
+    assert lines == ["ERROR: --bench-device cuda: PyTorch sees no GPU here"]

@@ -1,6 +1,7 @@
 """The memory command: its figures, and one line for each mistake."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_peak_of_unfold_simplenet_by_hand():
     assert tracker.at_peak[accounts.TEMPORARY] == pytest.approx(3 * matrix + dy + dw_of_each_image, rel=0.001)
 
 
-def test_a_fused_convolution_alone_predicts_what_nn_conv2d_takes():
+def test_outside_its_launchers_the_fused_convolution_keeps_what_nn_conv2d_keeps():
     assert memory.account(step("triton", 256, 128)).at_peak == memory.account(step("torch", 256, 128)).at_peak
 
 
@@ -107,17 +108,43 @@ def test_report(memory_run):
     assert list(report["convolutions"]) == ["torch", "unfold", "triton"]
     for conv, entry in report["convolutions"].items():
         tracker = memory.account(step(conv, 8, 32))
-        assert entry["peak"] == tracker.peak == sum(entry["at_peak"].values())
+        assert entry["peak"] == tracker.peak == sum(nbytes or 0 for nbytes in entry["at_peak"].values())
         assert f"{tracker.peak / MIB:,.1f}" in out
         assert entry["writeup_nvidia_smi_mib"] is None  # theirs is of another batch and image size
     assert report["convolutions"]["unfold"]["ratio_to_torch"] > 1
     assert "predicted (accounted on meta tensors; no allocator slack, no CUDA context)" in out
     assert "no measured figure: no NVML: not in this test" in out
-    assert any("split-K workspaces" in note for note in report["notes"])
-    assert next(line.split() for line in out.splitlines() if "workspaces" in line) == [
-        "workspaces", "0.0", "0.0", "not", "known",
-    ]  # fmt: skip
     assert report["conditions"]["versions"]["torch"] == torch.__version__
+
+
+def test_a_peak_without_its_workspaces_is_a_lower_bound(memory_run):
+    _, out, _ = memory_run("simplenet", "--batch-size", 8, "--image-size", 32, "--json", "m.json")
+    report = json.loads(Path("m.json").read_text())
+    entries = report["convolutions"]
+    assert {conv: entry["is_lower_bound"] for conv, entry in entries.items()} == {
+        "torch": False, "unfold": False, "triton": True,
+    }  # fmt: skip
+    assert [entry["at_peak"][accounts.WORKSPACE] for entry in entries.values()] == [0, 0, None]
+
+    def row(name: str) -> list[str]:
+        return re.search(rf"{name} +(.*)", out)[1].split()
+
+    assert row("workspaces") == ["0.0", "0.0", "not", "known"]
+    native, unfold, triton = (memory.mib(entry["peak"]) for entry in entries.values())
+    assert row("all together") == [native, unfold, "≥", triton]
+    native, unfold, triton = (f"{entry['ratio_to_torch']:.2f}" for entry in entries.values())
+    assert row("times torch's") == [native, unfold, "≥", triton]
+    assert len(report["notes"]) == 1
+    assert "split-K workspaces are not included" in report["notes"][0]
+    assert report["notes"][0] in " ".join(out.split())
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_its_terminal_and_fills_it(memory_run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = memory_run("--help")
+    assert code == 0
+    assert columns - 12 < max(map(len, out.splitlines())) <= columns
 
 
 def test_the_writeups_figures_stand_as_theirs(memory_run):
@@ -151,8 +178,6 @@ def test_measured_figures_stand_beside_predicted_ones(memory_run, monkeypatch):
     assert "3,000.0" in row
     assert "out of memory" in row
     assert "measured on Paper GPU: NVML, this process" in out
-
-
 
 
 @pytest.mark.parametrize(
