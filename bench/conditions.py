@@ -8,10 +8,13 @@ from train.report import device_name, git_commit, versions
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """Device, PyTorch's CPU threads, versions and commit of a measurement on `device`, as plain types."""
+    """Device, PyTorch's threads, versions and commit of a measurement on `device`, as plain types.
+
+    NumPy's BLAS, by which Triton's interpreter multiplies, has threads of its own: OPENBLAS_NUM_THREADS.
+    """
     return {
         "device": device_name(device),
-        "cpu_threads": torch.get_num_threads(),
+        "torch_threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": git_commit(),
     }

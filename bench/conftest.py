@@ -176,7 +176,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     console.print(ratio_table(rows))
     name, threads = device_name(device), torch.get_num_threads()
     console.print(
-        f"medians; {name}, CPU threads {threads}, batch {images}, {pixels} px, float32 ({PRECISION}); {backends}"
+        f"medians; {name}, PyTorch threads {threads}, batch {images}, {pixels} px, float32 ({PRECISION}); {backends}"
     )
     if any(row.backend == "interpreter" for row in rows):
         console.print("triton: interpreted on a CPU: says nothing about a GPU", style="bold")

@@ -131,7 +131,7 @@ def test_the_command_labels_rows_and_ends_with_ratios(tmp_path):
     }
     for info in rows.values():
         assert {"device", "versions", "commit", "dtype", "x_shape", "w_shape", "backend", "n"} <= set(info)
-        assert info["cpu_threads"] == 1
+        assert info["torch_threads"] == 1
         assert (info["dilation"], info["groups"]) == ([1, 1], 1)
     theirs, ratios = process.stdout.index("benchmark 'forward'"), process.stdout.index("ratios of the same run")
     assert theirs < ratios
@@ -140,7 +140,7 @@ def test_the_command_labels_rows_and_ends_with_ratios(tmp_path):
     assert max(map(len, their_table.splitlines())) <= 80
     ours = process.stdout[ratios:]
     assert "/ torch" in ours
-    assert "CPU threads 1" in ours
+    assert "PyTorch threads 1" in ours
     assert "triton: interpreted on a CPU: says nothing about a GPU" in ours
     assert "…" not in process.stdout
 
