@@ -13,12 +13,14 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
+from threadpoolctl import ThreadpoolController
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
@@ -181,7 +183,7 @@ def _interpret(kernel: Kernel, grid: tuple[int, int], args: tuple, output: torch
     # there, and sums are float32 on a GPU too.
     wide = [arg.float() if _is_bfloat16(arg) else arg for arg in args]
     builder = triton_interpreter.interpreter_builder
-    with _triton_lock, np.errstate(all="ignore"):
+    with _triton_lock, np.errstate(all="ignore"), _blas().limit(limits=1, user_api="blas"):
         usual = dict(vars(builder))
         # Overflow checks make every integer operation ten; a compiled kernel has none either.
         builder.options = replace(builder.options, sanitize_overflow=False)
@@ -235,6 +237,15 @@ def _memory(addresses: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndar
     )
     places = (addresses - np.uint64(first)).view(np.int64) >> (dtype.itemsize.bit_length() - 1)
     return np.asarray(span), places
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """The matrix library under NumPy, which multiplies interpreted blocks.
+
+    One thread of it: between two products its others wait by spinning, and take the core that the interpreter needs.
+    """
+    return ThreadpoolController()
 
 
 def _is_bfloat16(arg: object) -> bool:
