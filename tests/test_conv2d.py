@@ -126,6 +126,7 @@ def test_operands_are_left_alone_and_chains_differentiate(dtype):
         torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_unbatched_input_and_named_padding():
     x, w = random(6, 9, 9, dtype=torch.float64, seed=0), random(4, 6, 4, 3, dtype=torch.float64, seed=1)
     torch.testing.assert_close(conv2d(x, w, padding="valid"), native_conv2d(x, w, padding="valid"))
