@@ -1,5 +1,10 @@
 """The memory command: python -m bench.memory simplenet"""
 
+if __name__ == "__main__":  # before the seconds that importing torch takes
+    from train.startup import quit_on_interrupt
+
+    quit_on_interrupt("bench.memory")
+
 import argparse
 import contextlib
 import multiprocessing

@@ -7,7 +7,11 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,7 +228,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     assert code == 2
     assert err.count("\n") == 1
     assert "the loss became nan at step 6 with learning rate" in err
-    assert "last.pt holds the end of epoch 1" in err
+    assert "last.pt holds step 4" in err
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert saved["epoch"] == 1
     assert all(value.isfinite().all() for value in saved["model"].values())
@@ -250,8 +254,8 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("size", "kept"),
     [
-        pytest.param("1m", set(), id="not-even-best.pt"),
-        pytest.param("3m", {"best.pt"}, id="not-last.pt"),
+        pytest.param("1m", set(), id="no-checkpoint-and-no-folder"),
+        pytest.param("3m", {"best.pt", "last.pt"}, id="last.pt-from-before-the-first-step"),
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(size, kept, train_run, tiny_run, tmp_path):
@@ -265,7 +269,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(size, kept, train_run, 
         assert code == 2
         assert err.count("\n") == 1
         assert "No space left on device" in err
-        names = {path.name for path in (disk / "run").iterdir()}
+        assert (disk / "run").exists() == bool(kept)
+        names = {path.name for path in (disk / "run").glob("*")}
         assert names & {"best.pt", "last.pt", "summary.json"} == kept
         assert not any(name.endswith(".tmp") for name in names)
         for name in kept:
@@ -282,3 +287,68 @@ def test_too_little_gpu_memory_is_one_line(tiny_run, train_run, monkeypatch):
     code, _, err = train_run(*tiny_run, "--out", "run")
     assert (code, err.count("\n")) == (2, 1)
     assert "not enough GPU memory for 16 images of 32 px a step" in err
+
+
+def test_a_validation_loss_that_is_no_number_is_no_success(tiny_run, train_run, tmp_path, monkeypatch):
+    forward = models.SimpleNet.forward
+    broken = lambda self, x: forward(self, x) * (1 if self.training else math.nan)  # noqa: E731
+    monkeypatch.setattr(models.SimpleNet, "forward", broken)
+    code, _, err = train_run(*tiny_run, "--out", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the validation loss became nan at step 4" in err
+    assert not (tmp_path / "run/best.pt").exists()
+
+
+def test_runs_begun_in_the_same_second_have_folders_of_their_own(tiny_run, train_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.run.time.strftime", lambda _format: "now")
+    for seed in (0, 1):
+        assert train_run(*tiny_run, "--epochs", 1, "--seed", seed)[0] == 0
+    summaries = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/summary.json")}
+    seeds = {name: summary["seed"] for name, summary in summaries.items()}
+    assert seeds == {"simplenet-torch-now": 0, "simplenet-torch-now-2": 1}
+
+
+def test_a_run_folder_among_class_folders_is_refused(make_images, train_run, tmp_path):
+    data = make_images(tmp_path / "flowers", {"rose": 6, "tulip": 6})
+    code, _, err = train_run("simplenet", "--conv", "torch", "--data", data, "--out", data / "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "would lie among the class folders" in err
+    assert not (data / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [{"batch_size": 0}, {"model": "alexnet"}, {"device": "tpu"}, {"image_size": "32"}], ids=str
+)
+def test_a_config_changed_by_hand_is_refused_when_resuming(damage, tiny_run, train_run, tmp_path):
+    assert train_run(*tiny_run, "--epochs", 1, "--out", "run")[0] == 0
+    (tmp_path / "run/summary.json").unlink()
+    path = tmp_path / "run/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    code, _, err = train_run("--resume", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "last.pt is of other settings than run/config.json names" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [("summary.json", "{"), ("summary.json", "[]"), ("steps.csv", ""), ("metrics.csv", "epoch;lr\n1;2\n")],
+)
+def test_a_damaged_file_of_a_run_is_named_when_resuming(name, contents, tiny_run, train_run, tmp_path):
+    assert train_run(*tiny_run, "--epochs", 1, "--out", "run")[0] == 0
+    if name != "summary.json":
+        (tmp_path / "run/summary.json").unlink()
+    (tmp_path / "run" / name).write_text(contents)
+    code, _, err = train_run("--resume", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"run/{name} is damaged" in err
+
+
+def test_ctrl_c_while_torch_is_still_being_imported_is_one_line():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.run", "simplenet"],
+        cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (2, "train.run: error: interrupted\n")

@@ -32,21 +32,31 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
     That is UserError, OSError (missing files, full disks) and Ctrl-C; anything else is a bug and keeps its traceback.
     """
     arguments = parser.parse_args(argv)
+    usual = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum in usual:
+        signal.signal(signum, signal.default_int_handler)  # SIGTERM is as polite a request as Ctrl-C
     try:
         main(arguments)
     except UserError as error:
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except MemoryError as error:
+        message = f"not enough memory {error}"
     except KeyboardInterrupt:
         message = "interrupted"
     else:
         return
+    finally:
+        for signum, handler in usual.items():
+            signal.signal(signum, handler)
     sys.stderr.write(error_line(parser.prog, message))
     sys.exit(2)
 
 
-def number(kind: type, *, above: float | None = None, least: float | None = None) -> Callable[[str], Any]:
+def number(
+    kind: type, *, above: float | None = None, least: float | None = None, most: float | None = None
+) -> Callable[[str], Any]:
     """An argparse type: an int or float within its bounds, infinities and NaN excluded."""
 
     def parse(text: str):
@@ -61,13 +71,15 @@ def number(kind: type, *, above: float | None = None, least: float | None = None
             raise argparse.ArgumentTypeError(f"{text} must be above {above}")
         if least is not None and value < least:
             raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{text} must be at most {most}")
         return value
 
     return parse
 
 
 class StopRequest:
-    """True once SIGINT (Ctrl-C) or SIGTERM has asked the process to stop."""
+    """True once SIGINT (Ctrl-C), SIGTERM or SIGHUP (a lost terminal) has asked the process to stop."""
 
     def __init__(self):
         self.asked = False
@@ -78,9 +90,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Inside the block the first SIGINT or SIGTERM only sets the request; a second one has its usual effect."""
+    """Inside the block the first SIGINT, SIGTERM or SIGHUP only sets the request; a second one has its usual effect."""
     request = StopRequest()
-    usual = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    usual = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def restore():
         for signum, handler in usual.items():
@@ -89,6 +101,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
     def ask(_signum, _frame):
         request.asked = True
         restore()
+        if sys.stderr.isatty():
+            sys.stderr.write("\nfinishing this step, then saving; Ctrl-C again to quit without saving\n")
 
     for signum in usual:
         signal.signal(signum, ask)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -57,7 +57,8 @@ def images_by_class(root: Path) -> dict[str, list[Path]]:
     """Class name -> its image files, both in name order; hidden files and files that are no images do not count."""
     classes = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        images = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+        visible = [p for p in folder.iterdir() if not p.name.startswith(".")]
+        images = [p for p in visible if p.suffix.lower() in SUFFIXES and p.is_file()]
         if not images:
             raise UserError(f"class folder {folder} holds no images")
         classes[folder.name] = sorted(images)
@@ -93,7 +94,7 @@ def read_square(path: Path, side: int) -> np.ndarray:
     """(side, side, 3) uint8."""
     try:
         with Image.open(path) as file:
-            image = to_rgb(file)
+            image = to_rgb(ImageOps.exif_transpose(file))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {error}") from error
     width, height = image.size

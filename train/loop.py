@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ class Trainer:
         self.meter = Meter(len(train.classes), device)
         self.timing = {"seconds": 0.0, "waiting": 0.0, "images": 0, "total_seconds": 0.0, "total_images": 0}
         self.best = {"epoch": 0, "val_top1": -1.0}
+        self.saved_step = 0
         self.records = Records(folder)
 
     @property
@@ -56,6 +58,8 @@ class Trainer:
         for _ in range(self.epoch, self.settings.epochs):
             self.train_epoch(display, stop)
             row = self.train_row() | self.validate(display, stop)
+            if not math.isfinite(row["val_loss"]):
+                self.fail("validation loss", row["val_loss"], row["lr"], step=self.step)
             self.epoch, self.batch = self.epoch + 1, 0
             self.meter = Meter(len(self.train.classes), self.device)
             self.timing |= {"seconds": 0.0, "waiting": 0.0, "images": 0}
@@ -90,7 +94,7 @@ class Trainer:
             loss.backward()
             value = loss.item()  # waits for the GPU, so that the times below are the step's own
             if not math.isfinite(value):
-                self.fail(value, lr)
+                self.fail("loss", value, lr, step=self.step + 1)
             self.optimizer.step()
 
             self.batch += 1
@@ -137,10 +141,12 @@ class Trainer:
         """Training images per second in this epoch, validation not counted."""
         return self.timing["images"] / self.timing["seconds"]
 
-    def fail(self, loss: float, lr: float) -> None:
+    def fail(self, what: str, loss: float, lr: float, *, step: int) -> NoReturn:
         self.records.write()
-        held = f"last.pt holds the end of epoch {self.epoch}" if self.epoch else "no epoch was finished"
-        raise UserError(f"the loss became {loss} at step {self.step + 1} with learning rate {lr:.3g}; {held}")
+        raise UserError(
+            f"the {what} became {loss} at step {step} with learning rate {lr:.3g}; "
+            f"last.pt holds step {self.saved_step}"
+        )
 
     def save(self, *, is_best: bool = False, val_top1: float | None = None) -> None:
         """Writes the CSV files, then best.pt where this is the best so far, then last.pt.
@@ -160,6 +166,7 @@ class Trainer:
             "meter": self.meter.sums, "timing": self.timing, "best": self.best,
             "rng": checkpoint.get_rng(self.device),
         })
+        self.saved_step = self.step
 
     def resume(self) -> None:
         """Takes up the position in last.pt; raises UserError where it is not of this run."""
@@ -168,10 +175,14 @@ class Trainer:
         expected = (asdict(self.settings), list(self.train.classes), len(self.train))
         if (saved.get("settings"), saved.get("classes"), saved.get("train_images")) != expected:
             raise UserError(f"{path} is of other settings or other data than {self.folder / 'config.json'} names")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.epoch, self.batch = saved["epoch"], saved["batch"]
-        self.meter.sums = saved["meter"].to(self.device)
-        self.timing, self.best = saved["timing"], saved["best"]
-        checkpoint.set_rng(saved["rng"], self.device)
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.epoch, self.batch = saved["epoch"], saved["batch"]
+            self.meter.sums = saved["meter"].to(self.device)
+            self.timing, self.best = saved["timing"], saved["best"]
+            checkpoint.set_rng(saved["rng"], self.device)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        self.saved_step = self.step
         self.records.read(up_to_step=self.step, up_to_epoch=self.epoch)

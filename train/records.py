@@ -10,6 +10,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from train.cli import UserError
 from train.files import read_csv, write_csv
 
 EPOCH_COLUMNS = (
@@ -48,10 +49,17 @@ class Records:
 
     def read(self, *, up_to_step: int, up_to_epoch: int) -> None:
         """The rows on disk as far as a checkpoint reaches; TensorBoard is told to forget those beyond it."""
-        self.steps = read_csv(self.folder / "steps.csv")[:up_to_step]
-        self.epochs = read_csv(self.folder / "metrics.csv")[:up_to_epoch]
+        self.steps = self._rows("steps.csv", STEP_COLUMNS, up_to_step)
+        self.epochs = self._rows("metrics.csv", EPOCH_COLUMNS, up_to_epoch)
         start = SessionLog(status=SessionLog.START)
         self._events = [Event(wall_time=time.time(), step=up_to_step + 1, session_log=start)]
+
+    def _rows(self, name: str, columns: tuple[str, ...], count: int) -> list[dict[str, str]]:
+        """The first `count` rows of a table; raises UserError where it has fewer, or other columns."""
+        rows = read_csv(self.folder / name)[:count]
+        if len(rows) < count or any(tuple(row) != columns or None in row.values() for row in rows):
+            raise UserError(f"{self.folder / name} is damaged: last.pt needs its first {count} rows")
+        return rows
 
     def _add_event(self, step: int, scalars: dict[str, float]) -> None:
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]

@@ -1,11 +1,15 @@
 """The training command: python -m train.run simplenet --conv triton"""
 
+if __name__ == "__main__":  # before the seconds that importing torch takes
+    from train.startup import quit_on_interrupt
+
+    quit_on_interrupt("train.run")
+
 import argparse
 import contextlib
 import dataclasses
 import json
-import os
-import shutil
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +18,7 @@ import torch
 from rich.console import Console
 
 import models
+from train import checkpoint
 from train.cli import Parser, UserError, number, run_command, stop_on_signal
 from train.data import FASHION_MINI, default_image_size, load_data, require_classes
 from train.display import Display
@@ -53,12 +58,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--recipe", choices=list(RECIPES), help="settings to start from (default: see below)")
     add("--epochs", type=whole, metavar="N", help="passes over the training images")
     add("--batch-size", type=whole, metavar="N", help="images a training step")
-    add("--lr", type=number(float, above=0), metavar="X", help="highest learning rate of the schedule")
-    add("--image-size", type=number(int, least=8), metavar="N", help="side of the images (fashion-mini: 32, else 128)")
+    add("--lr", type=number(float, above=0, most=1e4), metavar="X", help="highest learning rate of the schedule")
+    side = number(int, least=8, most=4096)
+    add("--image-size", type=side, metavar="N", help="side of the images (fashion-mini: 32, else 128)")
     add("--limit-train", type=whole, metavar="N", help="use only N training images, evenly over the classes")
     add("--limit-val", type=whole, metavar="N", help="use only N validation images, evenly over the classes")
     add("--device", choices=["auto", "cpu", "cuda"], help="where to train (default: auto, the GPU if there is one)")
-    add("--seed", type=number(int, least=0), metavar="N", help="of weights, order and augmentation (default: 0)")
+    seed = number(int, least=0, most=2**63 - 1)
+    add("--seed", type=seed, metavar="N", help="of weights, order and augmentation (default: 0)")
     add("--out", type=Path, metavar="DIR", help="the run folder (default: runs/<model>-<conv>-<time>)")
     add("--resume", type=Path, metavar="DIR", help="go on with the run in DIR, with the settings it began with")
     return parser
@@ -83,7 +90,7 @@ def start(typed: dict, console: Console) -> None:
     settings = make_settings(typed)
     with new_folder(out, settings) as folder:
         trainer = make_trainer(settings, folder, console)
-        write_json(folder / "config.json", dataclasses.asdict(settings))
+        trainer.save()  # whatever happens from now on, --resume can go on
         train(trainer, console)
 
 
@@ -94,12 +101,16 @@ def resume(typed: dict, console: Console) -> None:
     if typed:
         flag = "--" + next(iter(typed)).replace("_", "-")
         raise UserError(f"--resume goes on with the settings in {folder / 'config.json'}; leave out {flag}")
-    settings = read_settings(folder / "config.json")
+    settings = read_settings(folder)
     if model not in (None, settings.model):
         raise UserError(f"{folder} is a run of {settings.model}, not of {model}")
     if (folder / "summary.json").exists():
         console.print(f"{folder} is complete: there is nothing left to do", soft_wrap=True, highlight=False)
-        print_summary(console, json.loads((folder / "summary.json").read_text()), folder)
+        try:
+            print_summary(console, json.loads((folder / "summary.json").read_text()), folder)
+        except (ValueError, KeyError, TypeError) as error:
+            path = folder / "summary.json"
+            raise UserError(f"{path} is damaged; delete it and resume again to rewrite it") from error
         return
     trainer = make_trainer(settings, folder, console)
     trainer.resume()
@@ -116,17 +127,25 @@ def make_settings(typed: dict) -> Settings:
     typed.setdefault("image_size", default_image_size(data))
     recipe = RECIPES[typed.pop("recipe", None) or default_recipe(data, typed["device"])]
     if data != FASHION_MINI:
-        typed["data"] = str(Path(data).expanduser().absolute())  # a run is resumed from any folder
+        try:
+            typed["data"] = str(Path(data).expanduser().absolute())  # a run is resumed from any folder
+        except RuntimeError as error:
+            raise UserError(f"--data {data}: {error}") from error
     return dataclasses.replace(recipe, **typed)
 
 
-def read_settings(path: Path) -> Settings:
+def read_settings(folder: Path) -> Settings:
+    """The settings of the run in `folder`; config.json must say what its checkpoint was made with."""
+    path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"no run to resume in {path.parent}: it has no {path.name}")
+        raise UserError(f"no run to resume in {folder}: it has no {path.name}")
     try:
-        return Settings(**json.loads(path.read_text()))
+        settings = Settings(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged or of another version: {error}") from error
+    if checkpoint.load(folder / "last.pt").get("settings") != dataclasses.asdict(settings):
+        raise UserError(f"{folder / 'last.pt'} is of other settings than {path} names")
+    return settings
 
 
 def pick_device(name: str) -> str:
@@ -137,34 +156,47 @@ def pick_device(name: str) -> str:
 
 @contextlib.contextmanager
 def new_folder(out: Path | None, settings: Settings) -> Iterator[Path]:
-    """The run's folder, proved writable before anything slow happens, and gone again if nothing was written into it."""
-    folder = out or default_folder(settings)
-    if any((folder / name).exists() for name in ("config.json", "last.pt", "summary.json")):
-        raise UserError(f"{folder} already holds a run; take another --out, or go on with it by --resume {folder}")
-    made = first_missing(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """The run's folder with its config.json, proved writable and ours alone before anything slow happens.
+
+    Where no checkpoint was written into it, config.json and the folders made for it are gone again.
+    """
+    folder = (out or Path("runs", f"{settings.model}-{settings.conv}-{time.strftime('%Y%m%d-%H%M%S')}")).expanduser()
+    data = Path(settings.data)
+    if settings.data != FASHION_MINI and not (data / "train").is_dir() and folder.absolute().is_relative_to(data):
+        raise UserError(f"the run folder {folder} would lie among the class folders of {data}; take another --out")
+    wanted, again = folder, 1
+    while True:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(folder / "config.json", "x") as file:  # of two processes, one
+                json.dump(dataclasses.asdict(settings), file, indent=2)
+            break
+        except FileExistsError:
+            if out is not None:
+                raise UserError(
+                    f"{folder} already holds a run; take another --out, or go on with it by "
+                    f"--resume {shlex.quote(str(folder))}"
+                ) from None
+            again += 1
+            folder = wanted.with_name(f"{wanted.name}-{again}")
+        except OSError:
+            remove(folder, made)
+            raise
     try:
-        write_json(folder / ".writable", {})
-        (folder / ".writable").unlink()
         yield folder
     finally:
-        if made is not None and not any(path.is_file() for path in made.rglob("*")):
-            shutil.rmtree(made)
+        if not (folder / "last.pt").exists():
+            remove(folder, made)
 
 
-def default_folder(settings: Settings) -> Path:
-    name = f"{settings.model}-{settings.conv}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, again = Path("runs", name), 1
-    while folder.exists():
-        again += 1
-        folder = Path("runs", f"{name}-{again}")
-    return folder
-
-
-def first_missing(folder: Path) -> Path | None:
-    """The topmost folder of `folder`'s path that does not exist yet."""
-    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    return missing[-1] if missing else None
+def remove(folder: Path, made: list[Path]) -> None:
+    """What a run writes before its first checkpoint, and those of the folders `made`, innermost first, left empty."""
+    with contextlib.suppress(OSError):
+        for name in ("config.json", "steps.csv", "metrics.csv"):
+            (folder / name).unlink(missing_ok=True)
+        for path in made:
+            path.rmdir()
 
 
 def make_trainer(settings: Settings, folder: Path, console: Console) -> Trainer:
@@ -176,13 +208,18 @@ def make_trainer(settings: Settings, folder: Path, console: Console) -> Trainer:
         backend = backend_of(settings.conv, device)
     except RuntimeError as error:
         raise UserError(str(error)) from error
-    train_data, val_data = load_data(
-        settings.data,
-        settings.image_size,
-        limit_train=settings.limit_train,
-        limit_val=settings.limit_val,
-        console=console,
-    )
+    try:
+        train_data, val_data = load_data(
+            settings.data,
+            settings.image_size,
+            limit_train=settings.limit_train,
+            limit_val=settings.limit_val,
+            console=console,
+        )
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise MemoryError(f"for these images at {settings.image_size} px; take a smaller --image-size") from error
     require_classes(train_data)
     console.print(
         f"{settings.model} on {len(train_data):,} training and {len(val_data):,} validation images of "
@@ -226,7 +263,7 @@ def train(trainer: Trainer, console: Console) -> None:
     except Stopped:
         raise UserError(
             f"stopped after step {trainer.step}, saved in {folder / 'last.pt'}; "
-            f"go on with: python -m train.run {settings.model} --resume {folder}"
+            f"go on with: python -m train.run {settings.model} --resume {shlex.quote(str(folder))}"
         ) from None
     draw_curves(folder, f"{settings.model}, {settings.conv} convolution, {Path(settings.data).name}")
     summary = summarise(
