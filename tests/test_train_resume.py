@@ -108,6 +108,15 @@ def test_a_signal_saves_and_says_how_to_go_on(name, train_run, tiny_run, tmp_pat
     same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.fixture
+def _sigint():
+    """Ctrl-C has Python's own effect, even where the tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_sigint")
 def test_a_second_signal_has_its_usual_effect():
     usual = signal.getsignal(signal.SIGINT)
     with stop_on_signal() as stop:
@@ -117,6 +126,20 @@ def test_a_second_signal_has_its_usual_effect():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is usual
+
+
+def test_a_lost_terminal_is_a_request_unless_nohup_has_it_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with stop_on_signal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with stop_on_signal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

@@ -93,6 +93,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
     """Inside the block the first SIGINT, SIGTERM or SIGHUP only sets the request; a second one has its usual effect."""
     request = StopRequest()
     usual = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if usual[signal.SIGHUP] == signal.SIG_IGN:  # under nohup a lost terminal is no request
+        del usual[signal.SIGHUP]
 
     def restore():
         for signum, handler in usual.items():
