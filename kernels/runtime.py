@@ -230,7 +230,6 @@ def _gather(addresses: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _memory(addresses: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """The memory from the lowest to the highest address as one array, and each address's place in it."""
     first, last = int(addresses.min()), int(addresses.max())
-
     count = (last - first) // dtype.itemsize + 1
     span = SimpleNamespace(
         __array_interface__={"version": 3, "typestr": dtype.str, "shape": (count,), "data": (first, False)}

@@ -352,3 +352,13 @@ def test_ctrl_c_while_torch_is_still_being_imported_is_one_line():
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (2, "train.run: error: interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "summary.json", "metrics.csv"])
+def test_a_folder_with_a_file_of_a_run_is_refused_and_left_as_it_is(name, tiny_run, train_run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("precious")
+    code, _, err = train_run(*tiny_run, "--epochs", 1, "--out", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "run already holds a run" in err
+    assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [(name, "precious")]

@@ -154,6 +154,10 @@ def pick_device(name: str) -> str:
     return name
 
 
+# A folder that holds one of these holds a run, and is never written over.
+RUN_FILES = ("config.json", "steps.csv", "metrics.csv", "best.pt", "last.pt", "summary.json")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path | None, settings: Settings) -> Iterator[Path]:
     """The run's folder with its config.json, proved writable and ours alone before anything slow happens.
@@ -169,6 +173,8 @@ def new_folder(out: Path | None, settings: Settings) -> Iterator[Path]:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         try:
+            if any((folder / name).exists() for name in RUN_FILES):
+                raise FileExistsError
             with open(folder / "config.json", "x") as file:  # of two processes, one
                 json.dump(dataclasses.asdict(settings), file, indent=2)
             break
@@ -193,7 +199,7 @@ def new_folder(out: Path | None, settings: Settings) -> Iterator[Path]:
 def remove(folder: Path, made: list[Path]) -> None:
     """What a run writes before its first checkpoint, and those of the folders `made`, innermost first, left empty."""
     with contextlib.suppress(OSError):
-        for name in ("config.json", "steps.csv", "metrics.csv"):
+        for name in RUN_FILES:
             (folder / name).unlink(missing_ok=True)
         for path in made:
             path.rmdir()
