@@ -1,13 +1,19 @@
-"""conv2d() and Conv2d: PyTorch's 2-D convolution, computed by the Triton kernels on CUDA and on the CPU."""
+"""conv2d(), Conv2d and LazyConv2d: PyTorch's 2-D convolution, computed by the Triton kernels on CUDA and on the CPU.
 
+`swap_conv2d` puts them into a model that exists.
+"""
+
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.functional import pad
+from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import handle_torch_function, has_torch_function
 
 from kernels.geometry import ConvGeometry, pair
-from kernels.ops import Convolution
+from kernels.ops import convolution
 from kernels.runtime import DTYPES
 
 
@@ -23,12 +29,19 @@ def conv2d(
     """`torch.nn.functional.conv2d` through the Triton kernels: compiled on CUDA, interpreted on the CPU.
 
     input (N, Ci, H, W) or (Ci, H, W), weight (Co, Ci/groups, R, S), bias (Co,) -> (N, Co, P, Q) or (Co, P, Q).
-    `padding` may be "valid" or, at stride 1, "same". The result is channels-last if input or weight is. Differentiable
-    to any order.
+    `padding` may be "valid" or, at stride 1, "same". The result is channels-last if input or weight is. Under autocast
+    the operands are cast as PyTorch casts its own convolution's. Differentiable to any order, in reverse and forward
+    mode; `torch.func` and `torch.compile` see it as one operator.
 
     Raises RuntimeError for shapes, dtypes, devices or geometry that do not fit together, naming them; TypeError for
     arguments of the wrong kind.
     """
+    operands = (input, weight, bias)
+    if has_torch_function(operands):
+        return handle_torch_function(
+            conv2d, operands, input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
+        )
+    input, weight, bias = _autocast(operands) if isinstance(input, torch.Tensor) else operands
     _check(input, weight, bias)
     if input.dim() == 3:
         return conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
@@ -38,8 +51,30 @@ def conv2d(
     padding = pair(padding, "padding")
     geometry = ConvGeometry.of(input.shape, weight.shape, stride, padding, dilation, groups)
     if bias is not None and bias.shape != (geometry.Co,):
-        raise RuntimeError(f"conv2d: expected a bias of shape [{geometry.Co}], got {list(bias.shape)}")
-    return Convolution.apply(input, weight, bias, stride, padding, dilation, geometry.groups)
+        raise RuntimeError(
+            f"conv2d: Given weight of size {list(weight.shape)}, expected bias to be 1-dimensional with {geometry.Co} "
+            f"elements, but got bias of size {list(bias.shape)} instead"
+        )
+    if geometry.Ci == 0:
+        return _without_channels(input, weight, bias, geometry)
+    return convolution(input, weight, bias, stride, padding, dilation, geometry.groups)
+
+
+def _autocast(operands: tuple) -> tuple:
+    """The operands as autocast hands them to a convolution: its dtype for all but float64, on the device it is for."""
+    device = operands[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return operands
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        operand.to(dtype)
+        if isinstance(operand, torch.Tensor)
+        and operand.is_floating_point()
+        and operand.dtype != torch.float64
+        and operand.device.type == device
+        else operand
+        for operand in operands
+    )
 
 
 def _check(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -48,18 +83,19 @@ def _check(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"conv2d: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise RuntimeError(f"conv2d: {name} has dtype {tensor.dtype}; supported: {', '.join(map(str, DTYPES))}")
+        if tensor.layout != torch.strided:
+            raise RuntimeError(f"conv2d: {name} has layout {tensor.layout}; only dense tensors are supported")
         if tensor.dtype != input.dtype or tensor.device != input.device:
             raise RuntimeError(
-                f"conv2d: input ({input.dtype} on {input.device}) and {name} ({tensor.dtype} on {tensor.device}) "
-                "must have one dtype and one device"
+                f"conv2d: Input type ({input.dtype} on {input.device}) and {name} type ({tensor.dtype} on "
+                f"{tensor.device}) should be the same"
             )
-    if weight.dim() != 4:
-        raise RuntimeError(f"conv2d: expected a 4-D weight, got shape {list(weight.shape)}")
+    if input.dtype not in DTYPES:
+        raise RuntimeError(f"conv2d: {input.dtype} is not supported; supported: {', '.join(map(str, DTYPES))}")
     if input.dim() not in (3, 4):
         raise RuntimeError(
-            f"conv2d: expected a 3-D (unbatched) or 4-D (batched) input, got shape {list(input.shape)}"
+            "conv2d: Expected 3D (unbatched) or 4D (batched) input to conv2d, "
+            f"but got input of size: {list(input.shape)}"
         )
 
 
@@ -70,17 +106,28 @@ def _resolve_padding(
     if padding == "valid":
         return input, (0, 0)
     if padding != "same":
-        raise RuntimeError(f"conv2d: padding must be pixels, 'same' or 'valid', got {padding!r}")
+        raise RuntimeError(f"conv2d: Invalid padding string: {padding!r}; it must be 'same' or 'valid', or pixels")
     if stride != (1, 1):
-        raise RuntimeError(f"conv2d: padding='same' needs stride 1, got {stride}")
-    total_h, total_w = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
+        raise RuntimeError(f"conv2d: padding='same' is not supported for strided convolutions, got stride {stride}")
+    total_h, total_w = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=False))
     if total_h % 2 or total_w % 2:
         input = pad(input, (0, total_w % 2, 0, total_h % 2))
     return input, (total_h // 2, total_w // 2)
 
 
+def _without_channels(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: ConvGeometry
+) -> torch.Tensor:
+    """What PyTorch answers to no input channels: no output channels, (N, 0, P, Q), and gradients of zeros."""
+    operands = (input, weight) if bias is None else (input, weight, bias)
+    return input.new_empty(geometry.N, 0, geometry.P, geometry.Q) * sum(operand.sum() for operand in operands)
+
+
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` through the Triton kernels: same constructor, parameters, state_dict and padding modes."""
+    """`torch.nn.Conv2d` through the Triton kernels: same constructor, parameters, state_dict and padding modes.
+
+    (N, Ci, H, W) or (Ci, H, W) -> (N, Co, P, Q) or (Co, P, Q); raises what `conv2d` raises.
+    """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         padding = self.padding
@@ -88,3 +135,41 @@ class Conv2d(nn.Conv2d):
             input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class LazyConv2d(nn.LazyConv2d, Conv2d):
+    """`torch.nn.LazyConv2d` that becomes our `Conv2d` when its first input tells the number of channels."""
+
+    cls_to_become = Conv2d
+
+
+def swap_conv2d(model: nn.Module) -> nn.Module:
+    """Makes every plain `nn.Conv2d` of a model a `Conv2d`, and every `nn.LazyConv2d` a `LazyConv2d`; returns the model.
+
+    The modules stay the objects they are: their parameters, hooks, parametrizations, training mode and places in the
+    model, and whatever else refers to them, an optimizer for one. So it works on a model that is a convolution itself.
+    Swap before `torch.compile`.
+
+    Subclasses of nn.Conv2d, which may compute something else, and dtypes that we lack are left alone, and a UserWarning
+    names each of them and why.
+    """
+    left = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d) or isinstance(module, Conv2d):
+            continue
+        plain = type(module).__base__ if is_parametrized(module) else type(module)
+        ours = {nn.Conv2d: Conv2d, nn.LazyConv2d: LazyConv2d}.get(plain)
+        if ours is None:
+            left.append(f"{name or 'the model'} ({plain.__name__}, a subclass of nn.Conv2d)")
+        elif module.weight.dtype not in DTYPES:
+            left.append(f"{name or 'the model'} ({module.weight.dtype} weights)")
+        else:
+            module.__class__ = _parametrized(type(module), ours) if is_parametrized(module) else ours
+    if left:
+        warnings.warn(f"swap_conv2d left {len(left)} modules as they were: {', '.join(left)}", stacklevel=2)
+    return model
+
+
+def _parametrized(cls: type, base: type) -> type:
+    """The class that `torch.nn.utils.parametrize` made for one module, on another base."""
+    return type(cls.__name__, (base,), {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")})

@@ -10,7 +10,7 @@ Memory: x [N, H, W, Ci] and w [Co, R, S, Ci/groups], dense; y in any strides. Ro
 import torch
 import triton.language as tl
 
-from kernels import runtime, tiles
+from kernels import depthwise, runtime, tiles
 from kernels.geometry import ConvGeometry
 
 
@@ -120,7 +120,7 @@ def forward(
     """x (N, Ci, H, W), w (Co, Ci/groups, R, S), bias (Co,) or None -> y (N, Co, P, Q) in `memory_format`.
 
     All of one floating dtype on one device. x and w are copied if they are not channels-last, bias if it is not dense.
-    `precision` is "ieee" or "tf32" and concerns float32 alone.
+    `precision` is "ieee" or "tf32" and concerns float32 alone. A depthwise convolution is depthwise.py's.
     """
     g = geometry
     target = runtime.target_for(x.device)
@@ -130,6 +130,9 @@ def forward(
     x = runtime.channels_last(x, "input as channels-last")
     w = runtime.channels_last(w, "weight as channels-last")
     bias = bias if bias is None else runtime.dense(bias, "dense bias")
+    if g.depthwise:
+        depthwise.forward(x, w, bias, g, target, y)
+        return y
     rows = g.N * g.P * g.Q
     tile = tiles.forward_tile(target, g, x.dtype, precision)
     runtime.launch(
@@ -141,7 +144,7 @@ def forward(
         CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW,
         GROUPS=g.groups,
         FLAT=tile.flat,
-        INDEX=runtime.index_type(g.N * (g.H + 2 * g.PH) * (g.W + 2 * g.PW), rows + tile.M),
+        INDEX=runtime.index_type(g.halo_pixels, rows + tile.M),
         BITS=runtime.index_type(2 ** (g.R * g.S)),
         ACC=runtime.accumulator(x.dtype),
         PRECISION=precision,

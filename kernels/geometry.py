@@ -15,9 +15,11 @@ from math import prod
 def integer(value: int, name: str) -> int:
     """Anything that counts as an int (NumPy's, a one-element tensor); raises TypeError naming what does not."""
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        raise TypeError(f"conv2d: {name} must be an int, got {value!r}") from None
+        pass
+    raise TypeError(f"conv2d: {name} must be an int, got {value!r}")
 
 
 def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -28,7 +30,10 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         return (integer(value, f"{name} (an int or a pair)"),) * 2
     if len(value) not in (1, 2):
-        raise RuntimeError(f"conv2d: {name} must have one or two values, got {list(value)}")
+        raise RuntimeError(
+            f"conv2d: expected {name} to be a single integer value or a list of 2 values to match the convolution "
+            f"dimensions, but got {name}={list(value)}"
+        )
     return integer(value[0], name), integer(value[-1], name)
 
 
@@ -77,12 +82,13 @@ class ConvGeometry:
     ) -> "ConvGeometry":
         """The geometry of conv2d(x, w, ...) for x_shape (N, Ci, H, W) and w_shape (Co, Ci/groups, R, S).
 
-        Raises RuntimeError naming the offending values where `torch.nn.functional.conv2d` would raise one, and for no
-        channels, an empty filter, or one that spans 2**31 pixels; TypeError for what is no int.
+        Raises RuntimeError naming the offending values where `torch.nn.functional.conv2d` would raise one, in words that
+        hold PyTorch's own, and for an empty filter, or one that spans 2**31 pixels; TypeError for what is no int.
         """
         if len(x_shape) != 4 or len(w_shape) != 4:
             raise RuntimeError(
-                f"conv2d: expected a 4-D input and a 4-D weight, got shapes {list(x_shape)} and {list(w_shape)}"
+                f"conv2d: Expected {len(w_shape)}-dimensional input for {len(w_shape)}-dimensional weight "
+                f"{list(w_shape)}, but got input {list(x_shape)}; two-dimensional convolution takes four dimensions each"
             )
         (N, Ci, H, W), (Co, Ci_group, R, S) = x_shape, w_shape
         SH, SW = pair(stride, "stride")
@@ -90,38 +96,45 @@ class ConvGeometry:
         DH, DW = pair(dilation, "dilation")
         groups = integer(groups, "groups")
         if groups <= 0:
-            raise RuntimeError(f"conv2d: groups must be positive, got {groups}")
+            raise RuntimeError(f"conv2d: non-positive groups is not supported, got {groups}")
         if min(SH, SW) <= 0:
-            raise RuntimeError(f"conv2d: stride must be positive, got {(SH, SW)}")
+            raise RuntimeError(f"conv2d: non-positive stride is not supported, got {(SH, SW)}")
         if min(PH, PW) < 0:
-            raise RuntimeError(f"conv2d: padding must not be negative, got {(PH, PW)}")
+            raise RuntimeError(f"conv2d: negative padding is not supported, got {(PH, PW)}")
         if min(DH, DW) <= 0:
-            raise RuntimeError(f"conv2d: dilation must be positive, got {(DH, DW)}")
+            raise RuntimeError(f"conv2d: dilation should be greater than zero, got {(DH, DW)}")
         if Co < groups or Co % groups:
             raise RuntimeError(
-                f"conv2d: {Co} output channels (weight {list(w_shape)}) cannot be split into {groups} groups"
+                f"conv2d: Given groups={groups}, expected weight to be "
+                f"{'at least' if Co < groups else 'divisible by'} {groups} at dimension 0, "
+                f"but got weight of size {list(w_shape)}"
             )
         if Ci != Ci_group * groups:
             raise RuntimeError(
-                f"conv2d: weight {list(w_shape)} with groups={groups} expects {Ci_group * groups} input channels, "
-                f"but the input {list(x_shape)} has {Ci}"
+                f"conv2d: Given groups={groups}, weight of size {list(w_shape)}, expected input {list(x_shape)} "
+                f"to have {Ci_group * groups} channels, but got {Ci} channels instead"
             )
-        if prod(w_shape) == 0 or H == 0 or W == 0:
+        if R == 0 or S == 0:
+            raise RuntimeError(f"conv2d: kernel size should be greater than zero, but got weight {list(w_shape)}")
+        if (H == 0 or W == 0) and N != 0 and Ci != 0:
             raise RuntimeError(
-                f"conv2d: only the batch may be empty, got input {list(x_shape)} and weight {list(w_shape)}"
+                f"conv2d: Only zero batch or zero channel inputs are supported, but got input shape: {list(x_shape)}"
             )
-        # A stride beyond the padded image leaves one output pixel; capped, it fits a kernel's integers.
-        SH, SW = min(SH, H + 2 * PH), min(SW, W + 2 * PW)
+        if H + 2 * PH <= DH * (R - 1) or W + 2 * PW <= DW * (S - 1):
+            raise RuntimeError(
+                f"conv2d: Calculated padded input size per channel: ({H + 2 * PH} x {W + 2 * PW}). "
+                f"Kernel size: ({DH * (R - 1) + 1} x {DW * (S - 1) + 1}). "
+                "Kernel size can't be greater than actual input size"
+            )
         geometry = cls(
-            N=N, Ci=Ci, H=H, W=W, Co=Co, R=R, S=S, SH=SH, SW=SW, PH=PH, PW=PW, DH=DH, DW=DW, groups=groups
+            N=N, Ci=Ci, H=H, W=W, Co=Co, R=R, S=S,
+            # A stride beyond the padded image leaves one output pixel; capped, it fits a kernel's integers.
+            SH=min(SH, H + 2 * PH), SW=min(SW, W + 2 * PW),
+            # Nothing is dilated where there is one row, or one column.
+            PH=PH, PW=PW, DH=DH if R > 1 else 1, DW=DW if S > 1 else 1, groups=groups,
         )  # fmt: skip
-        if geometry.P <= 0 or geometry.Q <= 0:
-            raise RuntimeError(
-                f"conv2d: the dilated filter, {DH * (R - 1) + 1} x {DW * (S - 1) + 1} pixels, is larger than the "
-                f"padded input, {H + 2 * PH} x {W + 2 * PW} pixels"
-            )
-        if max(DH * (R - 1) * max(W, geometry.Q), DW * (S - 1)) >= 2**31:
-            raise RuntimeError(f"conv2d: a {R} x {S} filter with dilation {(DH, DW)} spans 2**31 pixels or more")
+        if max(DH * (R - 1) * max(W, geometry.Q), DW * (S - 1), R * S * Ci_group) >= 2**31:
+            raise RuntimeError(f"conv2d: a filter of weight {list(w_shape)} with dilation {(DH, DW)} spans 2**31 pixels or more")
         return geometry
 
     @property
@@ -158,6 +171,22 @@ class ConvGeometry:
     def y_shape(self) -> tuple[int, int, int, int]:
         """(N, Co, P, Q)"""
         return self.N, self.Co, self.P, self.Q
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each output channel sees one input channel alone, so that no product has an axis to sum over but
+        the filter: the kernels of depthwise.py serve it."""
+        return self.groups > 1 and self.Ci_group == 1
+
+    @property
+    def halo_pixels(self) -> int:
+        """Pixels of the zero-padded input, over the batch."""
+        return self.N * (self.H + 2 * self.PH) * (self.W + 2 * self.PW)
+
+    @property
+    def output_halo_pixels(self) -> int:
+        """Pixels of the output with all that the input gradient's taps may point at around it, over the batch."""
+        return self.N * (self.P + self.DH * self.R) * (self.Q + self.DW * self.S)
 
     @property
     def residue_classes(self) -> tuple[int, int]:

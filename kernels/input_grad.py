@@ -15,7 +15,7 @@ from math import gcd
 import torch
 import triton.language as tl
 
-from kernels import runtime, tiles
+from kernels import depthwise, runtime, tiles
 from kernels.geometry import ConvGeometry
 
 
@@ -137,7 +137,7 @@ def input_grad(
     """dy (N, Co, P, Q), w (Co, Ci/groups, R, S) -> dx (N, Ci, H, W) in `memory_format`.
 
     Both of one floating dtype on one device. They are copied if they are not channels-last. `precision` is "ieee" or
-    "tf32" and concerns float32 alone.
+    "tf32" and concerns float32 alone. A depthwise convolution is depthwise.py's.
     """
     g = geometry
     target = runtime.target_for(dy.device)
@@ -146,6 +146,9 @@ def input_grad(
         return dx
     dy = runtime.channels_last(dy, "output gradient as channels-last")
     w = runtime.channels_last(w, "weight as channels-last")
+    if g.depthwise:
+        depthwise.input_grad(dy, w, g, target, dx)
+        return dx
     common_h, common_w = gcd(g.SH, g.DH), gcd(g.SW, g.DW)
     step_r, step_s = g.SH // common_h, g.SW // common_w
     rows = g.residue_class_pixels
@@ -163,7 +166,7 @@ def input_grad(
         # r0 solves r0 * DH/g = (a + PH)/g (mod SH/g).
         INVERSE_R=pow(g.DH // common_h, -1, step_r), INVERSE_S=pow(g.DW // common_w, -1, step_s),
         CLASSES_W=classes_w, GROUPS=g.groups,
-        INDEX=runtime.index_type(g.N * (g.P + g.DH * g.R) * (g.Q + g.DW * g.S), rows + tile.M),
+        INDEX=runtime.index_type(g.output_halo_pixels, rows + tile.M),
         BITS=runtime.index_type(2 ** (g.R * g.S)) if g.R * g.S <= tiles.MOST_TAP_BITS else None,
         ACC=runtime.accumulator(dy.dtype),
         PRECISION=precision,

@@ -1,9 +1,7 @@
 """dw[co,ci,r,s] = sum_{n,p,q} dy[n,co,p,q] * x[n,ci,p*SH+r*DH-PH,q*SW+s*DW-PW]
 
 Implicit GEMM: M = Co rows, N = R*S*Ci columns, K = N*P*Q terms, each group by itself; fp32 accumulator (fp64 for
-fp64). The reduction is long and the result small, so it is split over programs: each writes its partial sum to a
-workspace [splits, Co, R*S*Ci/groups], and a second kernel adds them up in a fixed order. No atomics: the same sum in
-every run.
+fp64). The reduction is long and the result small, so it is split over programs: see split_k.py.
 
 Memory: dy [N, P, Q, Co] and x [N, H, W, Ci], dense; dw in any strides. Row offsets are int64.
 """
@@ -11,7 +9,7 @@ Memory: dy [N, P, Q, Co] and x [N, H, W, Ci], dense; dw in any strides. Row offs
 import torch
 import triton.language as tl
 
-from kernels import runtime, tiles
+from kernels import depthwise, runtime, split_k, tiles
 from kernels.geometry import ConvGeometry
 
 
@@ -98,29 +96,6 @@ def weight_grad_kernel(
     tl.store(p_dw, acc.to(dw_ptr.dtype.element_ty), (o_co < CO)[:, None] & in_filter[None, :])
 
 
-@runtime.kernel
-def sum_splits_kernel(
-    partial_ptr, dw_ptr,
-    SPLITS, CI, R, S, ELEMENTS,
-    stride_wk, stride_wc, stride_wr, stride_ws,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    # partial [SPLITS, Co, R, S, Ci], dense; ELEMENTS = Co*R*S*Ci.
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < ELEMENTS
-    p_partial = partial_ptr + tl.where(mask, place, 0)
-    total = tl.full((BLOCK,), 0, ACC)
-    for _ in range(SPLITS):
-        total += tl.load(p_partial, mask, other=0.0)
-        p_partial += ELEMENTS
-    c = place % CI
-    s = place // CI % S
-    r = place // CI // S % R
-    co = place // CI // S // R
-    p_dw = dw_ptr + co * stride_wk + c * stride_wc + r * stride_wr + s * stride_ws
-    tl.store(p_dw, total.to(dw_ptr.dtype.element_ty), mask)
-
-
 def weight_grad(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -133,7 +108,7 @@ def weight_grad(
 
     Both of one floating dtype on one device. They are copied if they are not channels-last; on a GPU a workspace of
     splits * dw elements in the accumulator's type is taken besides. `precision` is "ieee" or "tf32" and concerns
-    float32 alone.
+    float32 alone. A depthwise convolution is depthwise.py's.
     """
     g = geometry
     target = runtime.target_for(dy.device)
@@ -143,18 +118,15 @@ def weight_grad(
         return dw.zero_()
     dy = runtime.channels_last(dy, "output gradient as channels-last")
     x = runtime.channels_last(x, "input as channels-last")
+    if g.depthwise:
+        depthwise.weight_grad(dy, x, g, target, dw)
+        return dw
     tile = tiles.weight_grad_tile(target, g, dy.dtype, precision)
     tiles_n = -(-g.R * g.S * g.Ci_group // tile.N) if tile.flat else g.R * g.S * -(-g.Ci_group // tile.N)
     programs = -(-g.Co_group // tile.M) * tiles_n
     steps = -(-rows // tile.K)
     splits = tiles.splits(target, programs=programs * g.groups, steps=steps)
-    partial = dw
-    strides = (0, *dw.stride())
-    if splits > 1:
-        wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-        partial = runtime.empty((splits, g.Co, g.R, g.S, g.Ci_group), "split-K workspace", dtype=wide, device=dy.device)
-        stride_wz, stride_wk, stride_wr, stride_ws, stride_wc = partial.stride()
-        strides = (stride_wz, stride_wk, stride_wc, stride_wr, stride_ws)
+    partial, strides = split_k.workspace(g, splits, dw)
     runtime.launch(
         weight_grad_kernel,
         target,
@@ -164,22 +136,13 @@ def weight_grad(
         CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW,
         GROUPS=g.groups, TILES_N=tiles_n,
         FLAT=tile.flat,
-        INDEX=runtime.index_type(g.N * (g.H + 2 * g.PH) * (g.W + 2 * g.PW), rows + splits * tile.K),
+        INDEX=runtime.index_type(g.halo_pixels, rows + splits * tile.K),
         ACC=runtime.accumulator(dy.dtype),
         PRECISION=precision,
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,
         num_warps=tile.num_warps, num_stages=tile.num_stages, output=partial,
     )  # fmt: skip
-    if splits > 1:
-        block = 1024
-        runtime.launch(
-            sum_splits_kernel,
-            target,
-            (-(-dw.numel() // block), 1),
-            partial, dw, splits, g.Ci_group, g.R, g.S, dw.numel(), *dw.stride(),
-            ACC=runtime.accumulator(dy.dtype), BLOCK=block, num_warps=4, num_stages=1, output=dw,
-        )  # fmt: skip
-    return dw
+    return split_k.add_up(partial, dw, g, target)
 
 
 @runtime.operation("weight_grad")
