@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import handle_torch_function, has_torch_function
 
-from kernels.geometry import ConvGeometry, pair
+from kernels.geometry import ConvGeometry, check_dimensions, pair
 from kernels.ops import convolution
 from kernels.runtime import DTYPES
 
@@ -45,6 +45,7 @@ def conv2d(
     _check(input, weight, bias)
     if input.dim() == 3:
         return conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    check_dimensions(input.shape, weight.shape)
     stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     if isinstance(padding, str):
         input, padding = _resolve_padding(input, weight, padding, stride, dilation)
@@ -55,6 +56,8 @@ def conv2d(
             f"conv2d: Given weight of size {list(weight.shape)}, expected bias to be 1-dimensional with {geometry.Co} "
             f"elements, but got bias of size {list(bias.shape)} instead"
         )
+    if input.dtype not in DTYPES:
+        raise RuntimeError(f"conv2d: {input.dtype} is not supported; supported: {', '.join(map(str, DTYPES))}")
     if geometry.Ci == 0:
         return _without_channels(input, weight, bias, geometry)
     return convolution(input, weight, bias, stride, padding, dilation, geometry.groups)
@@ -90,8 +93,6 @@ def _check(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
                 f"conv2d: Input type ({input.dtype} on {input.device}) and {name} type ({tensor.dtype} on "
                 f"{tensor.device}) should be the same"
             )
-    if input.dtype not in DTYPES:
-        raise RuntimeError(f"conv2d: {input.dtype} is not supported; supported: {', '.join(map(str, DTYPES))}")
     if input.dim() not in (3, 4):
         raise RuntimeError(
             "conv2d: Expected 3D (unbatched) or 4D (batched) input to conv2d, "
@@ -109,7 +110,7 @@ def _resolve_padding(
         raise RuntimeError(f"conv2d: Invalid padding string: {padding!r}; it must be 'same' or 'valid', or pixels")
     if stride != (1, 1):
         raise RuntimeError(f"conv2d: padding='same' is not supported for strided convolutions, got stride {stride}")
-    total_h, total_w = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=False))
+    total_h, total_w = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
     if total_h % 2 or total_w % 2:
         input = pad(input, (0, total_w % 2, 0, total_h % 2))
     return input, (total_h // 2, total_w // 2)

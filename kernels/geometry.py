@@ -37,6 +37,15 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
     return integer(value[0], name), integer(value[-1], name)
 
 
+def check_dimensions(x_shape: Sequence[int], w_shape: Sequence[int]) -> None:
+    """Raises RuntimeError unless both shapes have four dimensions."""
+    if len(x_shape) != 4 or len(w_shape) != 4:
+        raise RuntimeError(
+            f"conv2d: Expected {len(w_shape)}-dimensional input for {len(w_shape)}-dimensional weight "
+            f"{list(w_shape)}, but got input {list(x_shape)}; two-dimensional convolution takes four dimensions each"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvGeometry:
     """One convolution's sizes; build it with `ConvGeometry.of`, which checks them."""
@@ -85,11 +94,7 @@ class ConvGeometry:
         Raises RuntimeError naming the offending values where `torch.nn.functional.conv2d` would raise one, in words that
         hold PyTorch's own, and for an empty filter, or one that spans 2**31 pixels; TypeError for what is no int.
         """
-        if len(x_shape) != 4 or len(w_shape) != 4:
-            raise RuntimeError(
-                f"conv2d: Expected {len(w_shape)}-dimensional input for {len(w_shape)}-dimensional weight "
-                f"{list(w_shape)}, but got input {list(x_shape)}; two-dimensional convolution takes four dimensions each"
-            )
+        check_dimensions(x_shape, w_shape)
         (N, Ci, H, W), (Co, Ci_group, R, S) = x_shape, w_shape
         SH, SW = pair(stride, "stride")
         PH, PW = pair(padding, "padding")

@@ -29,7 +29,7 @@ def input_grad_kernel(
     DP: tl.constexpr, DQ: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     STEP_R: tl.constexpr, STEP_S: tl.constexpr, INVERSE_R: tl.constexpr, INVERSE_S: tl.constexpr,
     CLASSES_W: tl.constexpr, GROUPS: tl.constexpr,
-    INDEX: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, WEIGHT_INDEX: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # CI, CO: channels of one group. ROWS: pixels of the largest class. A step of one class tap is STEP_R filter rows
@@ -110,13 +110,13 @@ def input_grad_kernel(
         tap = (r0 + t * STEP_R) * S + s0 + u * STEP_S
         if CO % BLOCK_K == 0:
             b_dy = tl.load(p_dy + (o_dy + c), inside[:, None], other=0.0)
-            b_w = tl.load(p_w + (tap + c * (R * S)) * CI)
+            b_w = tl.load(p_w + (tap + c * (R * S)).to(WEIGHT_INDEX) * CI)
         else:
             # Lanes past the last channel go back to the first, inside the tensor, and are masked.
             in_group = c + o_k < CO
             lane = tl.where(in_group, c, -o_k)
             b_dy = tl.load(p_dy + lane[None, :] + o_dy, inside[:, None] & in_group[None, :], other=0.0)
-            b_w = tl.load(p_w + ((tap + lane * (R * S)) * CI)[:, None], in_group[:, None], other=0.0)
+            b_w = tl.load(p_w + ((tap + lane * (R * S)).to(WEIGHT_INDEX) * CI)[:, None], in_group[:, None], other=0.0)
         acc = tl.dot(b_dy, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
 
     h = a + i * SH
@@ -167,6 +167,7 @@ def input_grad(
         INVERSE_R=pow(g.DH // common_h, -1, step_r), INVERSE_S=pow(g.DW // common_w, -1, step_s),
         CLASSES_W=classes_w, GROUPS=g.groups,
         INDEX=runtime.index_type(g.output_halo_pixels, rows + tile.M),
+        WEIGHT_INDEX=runtime.index_type(g.Co_group * g.R * g.S * g.Ci_group),
         BITS=runtime.index_type(2 ** (g.R * g.S)) if g.R * g.S <= tiles.MOST_TAP_BITS else None,
         ACC=runtime.accumulator(dy.dtype),
         PRECISION=precision,

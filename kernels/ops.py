@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import FunctionCtx
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.forward import forward
 from kernels.geometry import ConvGeometry
@@ -348,3 +349,27 @@ def _part(tensor: torch.Tensor, axis: int, parts: int, B: int) -> torch.Tensor:
 def _scaled(shape: Sequence[int], axis: int | None, B: int) -> list[int]:
     """The shape, B times as long along `axis`."""
     return [size * B if i == axis else size for i, size in enumerate(shape)]
+
+
+# The raw operators differentiate too, for programs in which nothing else is left: exported and traced ones.
+forward_op.register_autograd(Convolution.backward, setup_context=Convolution.setup_context)
+input_grad_op.register_autograd(InputGrad.backward, setup_context=InputGrad.setup_context)
+weight_grad_op.register_autograd(WeightGrad.backward, setup_context=WeightGrad.setup_context)
+
+
+# What FlopCounterMode reports, as for PyTorch's own: two operations a multiply-add, halo included.
+
+
+@register_flop_formula(torch.ops.conv_lab.forward)
+def _(x_shape, w_shape, bias, *geometry, out_shape=None, **_) -> int:
+    return 2 * ConvGeometry.of(x_shape, w_shape, *geometry).multiply_adds
+
+
+@register_flop_formula(torch.ops.conv_lab.input_grad)
+def _(dy_shape, w_shape, x_shape, *geometry, out_shape=None, **_) -> int:
+    return 2 * ConvGeometry.of(x_shape, w_shape, *geometry[:4]).multiply_adds
+
+
+@register_flop_formula(torch.ops.conv_lab.weight_grad)
+def _(dy_shape, x_shape, w_shape, *geometry, out_shape=None, **_) -> int:
+    return 2 * ConvGeometry.of(x_shape, w_shape, *geometry[:4]).multiply_adds

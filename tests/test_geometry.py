@@ -36,5 +36,5 @@ def test_pairs():
     assert pair([1, 2], "stride") == (1, 2)
     with pytest.raises(TypeError, match="must be an int"):
         pair(1.5, "stride")
-    with pytest.raises(RuntimeError, match="one or two values"):
+    with pytest.raises(RuntimeError, match=r"a list of 2 values .* stride=\[1, 2, 3\]"):
         pair((1, 2, 3), "stride")
