@@ -91,8 +91,8 @@ class ConvGeometry:
     ) -> "ConvGeometry":
         """The geometry of conv2d(x, w, ...) for x_shape (N, Ci, H, W) and w_shape (Co, Ci/groups, R, S).
 
-        Raises RuntimeError naming the offending values where `torch.nn.functional.conv2d` would raise one, in words that
-        hold PyTorch's own, and for an empty filter, or one that spans 2**31 pixels; TypeError for what is no int.
+        Raises RuntimeError naming the offending values where `torch.nn.functional.conv2d` would raise one, in PyTorch's
+        own words and more, and for a filter that is empty or spans 2**31 pixels; TypeError for what is no int.
         """
         check_dimensions(x_shape, w_shape)
         (N, Ci, H, W), (Co, Ci_group, R, S) = x_shape, w_shape
@@ -139,7 +139,9 @@ class ConvGeometry:
             PH=PH, PW=PW, DH=DH if R > 1 else 1, DW=DW if S > 1 else 1, groups=groups,
         )  # fmt: skip
         if max(DH * (R - 1) * max(W, geometry.Q), DW * (S - 1), R * S * Ci_group) >= 2**31:
-            raise RuntimeError(f"conv2d: a filter of weight {list(w_shape)} with dilation {(DH, DW)} spans 2**31 pixels or more")
+            raise RuntimeError(
+                f"conv2d: a filter of weight {list(w_shape)} with dilation {(DH, DW)} spans 2**31 pixels or more"
+            )
         return geometry
 
     @property

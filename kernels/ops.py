@@ -27,6 +27,7 @@ from kernels.geometry import ConvGeometry
 from kernels.input_grad import input_grad
 from kernels.weight_grad import weight_grad
 
+
 def is_channels_last(tensor: torch.Tensor) -> bool:
     """Whether a 4-D tensor's strides say channels-last, by PyTorch's rule for shapes that would fit both layouts."""
     floor = 0

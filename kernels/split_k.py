@@ -47,7 +47,7 @@ def workspace(geometry: ConvGeometry, splits: int, dw: torch.Tensor) -> tuple[to
 
 
 def add_up(partial: torch.Tensor, dw: torch.Tensor, geometry: ConvGeometry, target: runtime.Target) -> torch.Tensor:
-    """dw (Co, Ci/groups, R, S), the sum over the first axis of the workspace; dw itself where that was the workspace."""
+    """dw (Co, Ci/groups, R, S), the sum over the first axis of the workspace; dw itself where that is the workspace."""
     if partial is dw:
         return dw
     block = 1024
