@@ -15,11 +15,15 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def results(conv2d, x, w, b, dy, **geometry) -> tuple[torch.Tensor | None, ...]:
-    """(y, dx, dw, db) of a convolution of exactly these operands, strides and offsets included; dy None is ones."""
-    x, w, b = (t if t is None else t.detach().requires_grad_() for t in (x, w, b))
+def results(conv2d, x, w, b, dy, asked="xwb", **geometry) -> tuple[torch.Tensor | None, ...]:
+    """(y, dx, dw, db) of a convolution of exactly these operands, strides and offsets included; dy None is ones.
+
+    Gradients that are not `asked` for are None.
+    """
+    x, w, b = (t if t is None else t.detach().requires_grad_(n in asked) for n, t in zip("xwb", (x, w, b), strict=True))
     y = conv2d(x, w, b, **geometry)
-    y.backward(torch.ones_like(y) if dy is None else dy)
+    if y.requires_grad:
+        y.backward(torch.ones_like(y) if dy is None else dy)
     return y.detach(), x.grad, w.grad, None if b is None else b.grad
 
 
@@ -31,14 +35,14 @@ def assert_matches(conv2d, x_shape, w_shape, dtype=torch.float32, bias=True, dev
     assert_operands_match(conv2d, *(t if t is None else t.to(device) for t in (x, w, b)), **geometry)
 
 
-def assert_operands_match(conv2d, x, w, b, **geometry):
-    """Value and all gradients of conv2d on these operands agree with float64 within TOLERANCE of their dtype."""
+def assert_operands_match(conv2d, x, w, b, asked="xwb", **geometry):
+    """Value and the gradients asked for, of these operands, agree with float64 within TOLERANCE of their dtype."""
     wide = [t if t is None else t.detach().cpu().double() for t in (x, w, b)]
     dy = random(*native_conv2d(*wide, **geometry).shape, dtype=x.dtype, seed=4)
     wide.append(dy.double())
-    expected = results(native_conv2d, *wide, **geometry)
-    bounds = results(native_conv2d, *(t if t is None else t.abs() for t in wide), **geometry)
-    actual = results(conv2d, x, w, b, dy.to(x.device), **geometry)
+    expected = results(native_conv2d, *wide, asked, **geometry)
+    bounds = results(native_conv2d, *(t if t is None else t.abs() for t in wide), asked, **geometry)
+    actual = results(conv2d, x, w, b, dy.to(x.device), asked, **geometry)
     for name, result, exact, bound in zip(NAMES, actual, expected, bounds, strict=True):
         if exact is None:
             assert result is None
@@ -47,7 +51,8 @@ def assert_operands_match(conv2d, x, w, b, **geometry):
         assert result.shape == exact.shape, name
         excess = (result.cpu().double() - exact).abs() - TOLERANCE[x.dtype] * bound
         assert not excess.isnan().any(), f"{name} has NaN"
-        assert excess.numel() == 0 or excess.max() <= 0, f"{name} is off by {excess.max():.3g} more than rounding explains"
+        worst = excess.max() if excess.numel() else 0
+        assert worst <= 0, f"{name} is off by {worst:.3g} more than rounding explains"
 
 
 # (padding, stride) of the convolutions that the write-up checked its own with.
