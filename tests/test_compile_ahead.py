@@ -161,5 +161,5 @@ def test_unknown_names_are_refused():
         compile_ahead("forward", *shapes, dtype=torch.int8)
     with pytest.raises(ValueError, match="'ieee' or 'tf32', got 'fast'"):
         compile_ahead("forward", *shapes, precision="fast")
-    with pytest.raises(RuntimeError, match="expects 3 input channels"):
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 4"):
         compile_ahead("forward", (1, 4, 6, 6), (3, 3, 3, 3))

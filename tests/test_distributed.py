@@ -11,7 +11,8 @@ from kernels import Conv2d
 
 def build() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(Conv2d(3, 6, 3, padding=1), nn.ReLU(), Conv2d(6, 6, 3, groups=6), nn.Flatten(), nn.Linear(96, 2))
+    features = Conv2d(3, 6, 3, padding=1), nn.ReLU(), Conv2d(6, 6, 3, groups=6)
+    return nn.Sequential(*features, nn.Flatten(), nn.Linear(96, 2))
 
 
 def batch() -> torch.Tensor:

@@ -170,18 +170,16 @@ def test_lazy_and_parametrized_convolutions_are_swapped():
 
 # One of each family with something of its own: plain, residual, groups, depthwise, concatenation, attention.
 FEW = ["alexnet", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "regnet_y_400mf", "vit_b_16"]
-SIDES = {"inception_v3": 96, "vit": 32, "maxvit_t": 64}
+SIDES = {"inception_v3": 96, "vit_h_14": 28, "vit": 32, "maxvit_t": 224}
 
 
 def build(name: str) -> tuple[nn.Module, torch.Tensor]:
-    """A torchvision model with random weights in eval mode, and a batch of images as small as it takes."""
+    """A torchvision model with random float64 weights in eval mode, and a batch of images as small as it takes."""
     torch.manual_seed(0)
     side = next((side for prefix, side in SIDES.items() if name.startswith(prefix)), 64)
     options = {"weights": None}
     if name.startswith("vit"):
         options["image_size"] = side
-    if name == "maxvit_t":
-        options |= {"input_size": (side, side), "partition_size": 2}
     if name in ("googlenet", "inception_v3"):
         options |= {"init_weights": False, "transform_input": True}
     model = torchvision.models.get_model(name, **options).eval()
@@ -189,7 +187,7 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
         if isinstance(module, nn.Linear) and not module.weight.any():
             nn.init.normal_(module.weight)  # the head of a vision transformer begins with zeros
     # Running statistics of one batch, or deep random networks overflow or die out.
-    x = torch.randn(2, 3, side, side)
+    model, x = model.double(), torch.randn(2, 3, side, side, dtype=torch.float64)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
@@ -200,6 +198,7 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def assert_swapped_alike(name: str) -> None:
+    """In float64: in float32 the deepest of these networks, untrained, make 0.4% of a rounding error."""
     model, x = build(name)
     with torch.no_grad():
         expected = model(x)
@@ -208,7 +207,7 @@ def assert_swapped_alike(name: str) -> None:
         assert {type(m) for m in model.modules() if isinstance(m, nn.Conv2d)} == {Conv2d}
         difference = (model(x) - expected).abs().max() / expected.abs().max()
     print(f"{name}: largest output difference {difference:.2e} of the largest output")  # noqa: T201
-    assert difference < 1e-4
+    assert difference < 1e-8
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -225,8 +224,6 @@ def test_every_torchvision_model_swapped_gives_the_same_outputs(name):
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 def test_torchvision_models_swapped_give_the_same_gradients(name):
     model, x = build(name)
-    model.double()
-    x = x.double()
 
     def gradients():
         model.zero_grad()

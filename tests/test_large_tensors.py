@@ -1,0 +1,180 @@
+"""Tensors of more than 2**31 elements: offsets are computed in 64 bits.
+
+The tensors are allocated and hardly touched: memory that nobody writes or reads costs addresses only. Some convolutions
+read few pixels of theirs; of the others only the last program of the grid is run, whose offsets are the largest.
+"""
+
+import pytest
+import torch
+import triton.language as tl
+from reference import native_conv2d, random
+from torch.nn.functional import conv_transpose2d
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from kernels import conv2d, runtime, split_k, tiles
+from kernels.forward import forward
+from kernels.geometry import ConvGeometry
+from kernels.input_grad import input_grad
+from kernels.runtime import compile_ahead
+from kernels.weight_grad import weight_grad
+
+LAST = torch.channels_last
+
+
+def untouched(*shape: int) -> torch.Tensor:
+    """A channels-last float16 tensor whose memory nobody has touched."""
+    try:
+        tensor = torch.empty(shape, dtype=torch.float16, memory_format=LAST)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for a tensor of {shape}: {error}")
+    assert tensor.numel() > 2**31
+    return tensor
+
+
+def half(*shape: int, seed: int) -> torch.Tensor:
+    return random(*shape, dtype=torch.float16, seed=seed).to(memory_format=LAST)
+
+
+def assert_near(actual: torch.Tensor, exact: torch.Tensor) -> None:
+    torch.testing.assert_close(actual.double(), exact.double(), rtol=2e-3, atol=2e-3)
+    assert exact.abs().max() > 0.1, "zeros would agree with memory that was never written"
+
+
+# (x, w, stride and dilation, groups): pixels alone past 2**31; elements alone; the same for depthwise.
+SPARSE = [
+    pytest.param((2, 1, 2**15, 2**15 + 64), (3, 1, 2, 2), 2**13, 1, id="pixels-few-channels"),
+    pytest.param((1, 32, 2**13, 2**13 + 64), (5, 32, 2, 2), 2**11, 1, id="elements-many-channels"),
+    pytest.param((1, 32, 2**13, 2**13 + 64), (64, 1, 2, 2), 2**11, 32, id="depthwise"),
+]
+
+
+@pytest.mark.parametrize(("x_shape", "w_shape", "step", "groups"), SPARSE)
+def test_few_pixels_of_a_large_image_are_found(x_shape, w_shape, step, groups):
+    x = untouched(*x_shape)
+    seen = half(*x[:, :, ::step, ::step].shape, seed=1)
+    x[:, :, ::step, ::step] = seen
+    w, exact_w = (half(*w_shape, seed=2).to(dtype).requires_grad_() for dtype in (torch.float16, torch.float64))
+    y = conv2d(x, w, stride=step, dilation=step, groups=groups)
+    exact = native_conv2d(seen.double(), exact_w, groups=groups)[:, :, : y.shape[2], : y.shape[3]]
+    assert_near(y, exact)
+    dy = half(*y.shape, seed=3)
+    y.backward(dy)
+    exact.backward(dy.double())
+    assert_near(w.grad, exact_w.grad)
+
+
+@pytest.mark.parametrize("groups", [1, 32])
+def test_the_middle_of_a_large_output_gradient_is_found(groups):
+    # A small image in a wide halo: its gradient reads the middle of dy.
+    halo = 2**13 // 2
+    dy = untouched(1, 32, 2 * halo + 2, 2 * halo + 65)
+    w = half(32, 32 // groups, 3, 3, seed=1)
+    x_shape = (1, 32, 4, 67)
+    middle = dy[:, :, halo - 2 : halo + 4, halo - 2 : halo + 67]
+    middle.copy_(half(*middle.shape, seed=2))
+    dx = torch.ops.conv_lab.input_grad(dy, w, x_shape, (1, 1), (halo, halo), (1, 1), groups, True)
+    exact = conv_transpose2d(middle.double(), w.double(), padding=2, groups=groups)
+    assert_near(dx, exact)
+
+
+@pytest.fixture
+def last_program(monkeypatch):
+    """Launches run the last program of their grid alone; second passes of split-K are left out."""
+    program = []
+    interpret = runtime._interpret
+
+    def run(kernel, grid, args, output, constants):
+        if kernel is not split_k.sum_splits_kernel:
+            program[:] = grid[0] - 1, grid[1] - 1
+            interpret(kernel, (1, 1), args, output, constants)
+
+    def create_get_program_id(self, axis):
+        return TensorHandle(torch.tensor([program[axis]], dtype=torch.int32).numpy(), tl.int32)
+
+    monkeypatch.setattr(runtime, "_interpret", run)
+    monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", create_get_program_id)
+
+
+# (channels, rows of 64 pixels, groups): past 2**31 elements and, with one channel, pixels.
+TALL = [
+    pytest.param(1, 2**25 + 256, 1, id="pixels"),
+    pytest.param(32, 2**20 + 256, 1, id="elements"),
+    pytest.param(32, 2**20 + 256, 32, id="depthwise"),
+    pytest.param(2, 2**25 + 256, 2, id="depthwise-pixels"),
+]
+WIDTH = 64
+BLOCK_ROWS = tiles.INTERPRETER_ROWS // WIDTH
+"""Rows of the image that the last program computes."""
+RANDOM_ROWS = BLOCK_ROWS + 8
+"""Rows at the end of the image that are not as they were allocated."""
+
+
+def tall(channels: int, rows: int, groups: int) -> tuple[ConvGeometry, torch.Tensor, torch.Tensor]:
+    """A 3x3 convolution of a tall image: its geometry, the image with random last rows, and the filter."""
+    geometry = ConvGeometry.of((1, channels, rows, WIDTH), (channels, channels // groups, 3, 3), 1, 1, 1, groups)
+    x = untouched(*geometry.x_shape)
+    x[:, :, -RANDOM_ROWS:] = half(1, channels, RANDOM_ROWS, WIDTH, seed=1)
+    return geometry, x, half(*geometry.w_shape, seed=2)
+
+
+@pytest.mark.parametrize(("channels", "rows", "groups"), TALL)
+def test_the_last_rows_of_a_large_output_are_right(channels, rows, groups, last_program):
+    geometry, x, w = tall(channels, rows, groups)
+    y = forward(x, w, None, geometry)
+    exact = native_conv2d(x[:, :, -RANDOM_ROWS:].double(), w.double(), padding=1, groups=groups)
+    assert_near(y[:, :, -BLOCK_ROWS:], exact[:, :, -BLOCK_ROWS:])
+
+
+@pytest.mark.parametrize(("channels", "rows", "groups"), TALL)
+def test_the_last_rows_of_a_large_input_gradient_are_right(channels, rows, groups, last_program):
+    geometry, dy, w = tall(channels, rows, groups)
+    dx = input_grad(dy, w, geometry)
+    exact = conv_transpose2d(dy[:, :, -RANDOM_ROWS:].double(), w.double(), padding=1, groups=groups)
+    assert_near(dx[:, :, -BLOCK_ROWS:], exact[:, :, -BLOCK_ROWS:])
+
+
+@pytest.mark.parametrize(("channels", "rows", "groups"), TALL)
+def test_the_last_split_of_a_large_weight_gradient_is_right(channels, rows, groups, last_program, monkeypatch):
+    geometry, x, _ = tall(channels, rows, groups)
+    dy = untouched(*geometry.y_shape)
+    dy[:, :, -BLOCK_ROWS:] = half(1, channels, BLOCK_ROWS, WIDTH, seed=3)
+    monkeypatch.setattr(tiles, "splits", lambda target, *, programs, steps: steps)
+    taken = []
+    with runtime.on_allocate(lambda nbytes, what, tensor: taken.append(tensor) if "split-K" in what else None):
+        weight_grad(dy, x, geometry)
+    (partial,) = taken  # [splits, Co, R, S, Ci/groups]
+    w = torch.zeros(geometry.w_shape, dtype=torch.float64, requires_grad=True)
+    y = native_conv2d(x[:, :, -RANDOM_ROWS:].double(), w, padding=1, groups=groups)
+    y[:, :, -BLOCK_ROWS:].backward(dy[:, :, -BLOCK_ROWS:].double())
+    # The last program serves the last tap or all of them, and with one tile the rest of the filter.
+    exact, last = w.grad.permute(0, 2, 3, 1), partial[-1].double()
+    torch.testing.assert_close(last[:, -1, -1], exact[:, -1, -1], rtol=1e-3, atol=1e-1)
+    assert exact[:, -1, -1].abs().max() > 1
+
+
+def test_a_filter_of_more_than_two_to_the_31_weights_is_read_to_its_end(last_program, monkeypatch):
+    # 2**16 output channels of 2**15 + 64 weights; the last block of channels alone is not zero, since dy is not.
+    Co, Ci = 2**16, 2**15 + 64
+    w = untouched(Co, Ci, 1, 1)
+    dy = torch.zeros(1, Co, 1, 1, dtype=torch.float16)
+    dy[:, -64:] = half(1, 64, 1, 1, seed=1)
+    w[-64:, -64:] = half(64, 64, 1, 1, seed=2)
+    monkeypatch.setattr(tiles, "input_grad_tile", lambda *_: tiles.Tile(M=16, N=64, K=1024))
+    dx = input_grad(dy, w, ConvGeometry.of((1, Ci, 1, 1), w.shape))
+    exact = dy[:, -64:, 0, 0].double() @ w[-64:, -64:, 0, 0].double()
+    assert_near(dx[:, -64:, 0, 0], exact)
+
+
+@pytest.mark.parametrize(("size", "wide"), [(2**15, False), (2**16, True)])
+@pytest.mark.parametrize("groups", [1, 64])
+@pytest.mark.parametrize("op", ["forward", "input_grad", "weight_grad"])
+def test_compiled_kernels_divide_pixel_numbers_of_the_width_they_need(op, groups, size, wide):
+    kernel = compile_ahead(op, (1, 64, size, size), (64, 64 // groups, 3, 3), padding=1, groups=groups)[0]
+    divisions = [line for line in kernel.asm["ttir"].splitlines() if "= arith.divsi" in line and "tensor<" in line]
+    assert divisions
+    assert any("xi64>" in line for line in divisions) == wide
+
+
+def test_indices_are_as_wide_as_their_extents_need():
+    assert runtime.index_type(1, 2**31 - 1) == tl.int32
+    assert runtime.index_type(1, 2**31) == tl.int64
