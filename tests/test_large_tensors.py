@@ -43,6 +43,7 @@ def assert_near(actual: torch.Tensor, exact: torch.Tensor) -> None:
 # (x, w, stride and dilation, groups): pixels alone past 2**31; elements alone; the same for depthwise.
 SPARSE = [
     pytest.param((2, 1, 2**15, 2**15 + 64), (3, 1, 2, 2), 2**13, 1, id="pixels-few-channels"),
+    pytest.param((1, 4, 2**15, 2**15 + 64), (3, 4, 2, 2), 2**14, 1, id="elements-within-a-filter"),
     pytest.param((1, 32, 2**13, 2**13 + 64), (5, 32, 2, 2), 2**11, 1, id="elements-many-channels"),
     pytest.param((1, 32, 2**13, 2**13 + 64), (64, 1, 2, 2), 2**11, 32, id="depthwise"),
 ]
@@ -95,74 +96,100 @@ def last_program(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", create_get_program_id)
 
 
-# (channels, rows of 64 pixels, groups): past 2**31 elements and, with one channel, pixels.
-TALL = [
-    pytest.param(1, 2**25 + 256, 1, id="pixels"),
-    pytest.param(32, 2**20 + 256, 1, id="elements"),
-    pytest.param(32, 2**20 + 256, 32, id="depthwise"),
-    pytest.param(2, 2**25 + 256, 2, id="depthwise-pixels"),
+# (image, groups): past 2**31 elements or, with few channels, pixels; by the number of rows, of columns, of images.
+LARGE = [
+    pytest.param((1, 1, 2**25 + 256, 64), 1, id="rows-of-pixels"),
+    pytest.param((2, 1, 2**25 + 256, 64), 1, id="two-images"),
+    pytest.param((1, 32, 2**20 + 256, 64), 1, id="rows"),
+    pytest.param((1, 32, 1, 2**26 + 8192), 1, id="columns"),
+    pytest.param((2, 2, 2**24 + 256, 64), 2, id="depthwise-two-images"),
+    pytest.param((1, 32, 2**20 + 256, 64), 32, id="depthwise-rows"),
+    pytest.param((1, 32, 1, 2**26 + 8192), 32, id="depthwise-columns"),
+    pytest.param((1, 2, 2**25 + 256, 64), 2, id="depthwise-rows-of-pixels"),
 ]
-WIDTH = 64
-BLOCK_ROWS = tiles.INTERPRETER_ROWS // WIDTH
-"""Rows of the image that the last program computes."""
-RANDOM_ROWS = BLOCK_ROWS + 8
-"""Rows at the end of the image that are not as they were allocated."""
 
 
-def tall(channels: int, rows: int, groups: int) -> tuple[ConvGeometry, torch.Tensor, torch.Tensor]:
-    """A 3x3 convolution of a tall image: its geometry, the image with random last rows, and the filter."""
-    geometry = ConvGeometry.of((1, channels, rows, WIDTH), (channels, channels // groups, 3, 3), 1, 1, 1, groups)
-    x = untouched(*geometry.x_shape)
-    x[:, :, -RANDOM_ROWS:] = half(1, channels, RANDOM_ROWS, WIDTH, seed=1)
+def end(tensor: torch.Tensor, pixels: int) -> torch.Tensor:
+    """The last image's last rows, or columns of its only row, that make so many pixels."""
+    rows, columns = tensor.shape[2:]
+    axis, lines = (3, pixels) if rows == 1 else (2, pixels // columns)
+    return tensor[-1:].narrow(axis, tensor.shape[axis] - lines, lines)
+
+
+BLOCK = tiles.INTERPRETER_ROWS
+"""Pixels that the last program computes."""
+RANDOM = BLOCK + 512
+"""Pixels at the end of the image that are not as they were allocated: a block's and its neighbours."""
+
+
+def large(x_shape: tuple, groups: int) -> tuple[ConvGeometry, torch.Tensor, torch.Tensor]:
+    """A 3x3 convolution to an output of the same shape: its geometry, an image with a random end, and the filter."""
+    geometry = ConvGeometry.of(x_shape, (x_shape[1], x_shape[1] // groups, 3, 3), 1, 1, 1, groups)
+    x = untouched(*x_shape)
+    end(x, RANDOM).copy_(half(*end(x, RANDOM).shape, seed=1))
     return geometry, x, half(*geometry.w_shape, seed=2)
 
 
-@pytest.mark.parametrize(("channels", "rows", "groups"), TALL)
-def test_the_last_rows_of_a_large_output_are_right(channels, rows, groups, last_program):
-    geometry, x, w = tall(channels, rows, groups)
-    y = forward(x, w, None, geometry)
-    exact = native_conv2d(x[:, :, -RANDOM_ROWS:].double(), w.double(), padding=1, groups=groups)
-    assert_near(y[:, :, -BLOCK_ROWS:], exact[:, :, -BLOCK_ROWS:])
+@pytest.mark.parametrize(("x_shape", "groups"), LARGE)
+def test_the_end_of_a_large_output_is_right(x_shape, groups, last_program):
+    geometry, x, w = large(x_shape, groups)
+    exact = native_conv2d(end(x, RANDOM).double(), w.double(), padding=1, groups=groups)
+    assert_near(end(forward(x, w, None, geometry), BLOCK), end(exact, BLOCK))
 
 
-@pytest.mark.parametrize(("channels", "rows", "groups"), TALL)
-def test_the_last_rows_of_a_large_input_gradient_are_right(channels, rows, groups, last_program):
-    geometry, dy, w = tall(channels, rows, groups)
-    dx = input_grad(dy, w, geometry)
-    exact = conv_transpose2d(dy[:, :, -RANDOM_ROWS:].double(), w.double(), padding=1, groups=groups)
-    assert_near(dx[:, :, -BLOCK_ROWS:], exact[:, :, -BLOCK_ROWS:])
+@pytest.mark.parametrize(("x_shape", "groups"), LARGE)
+def test_the_end_of_a_large_input_gradient_is_right(x_shape, groups, last_program):
+    geometry, dy, w = large(x_shape, groups)
+    exact = conv_transpose2d(end(dy, RANDOM).double(), w.double(), padding=1, groups=groups)
+    assert_near(end(input_grad(dy, w, geometry), BLOCK), end(exact, BLOCK))
 
 
-@pytest.mark.parametrize(("channels", "rows", "groups"), TALL)
-def test_the_last_split_of_a_large_weight_gradient_is_right(channels, rows, groups, last_program, monkeypatch):
-    geometry, x, _ = tall(channels, rows, groups)
+# In an image of one row the last tap lies in the halo.
+@pytest.mark.parametrize(("x_shape", "groups"), [case for case in LARGE if case.values[0][2] > 1])
+def test_the_last_split_of_a_large_weight_gradient_is_right(x_shape, groups, last_program, monkeypatch):
+    geometry, x, _ = large(x_shape, groups)
     dy = untouched(*geometry.y_shape)
-    dy[:, :, -BLOCK_ROWS:] = half(1, channels, BLOCK_ROWS, WIDTH, seed=3)
+    end(dy, BLOCK).copy_(half(*end(dy, BLOCK).shape, seed=3))
     monkeypatch.setattr(tiles, "splits", lambda target, *, programs, steps: steps)
     taken = []
     with runtime.on_allocate(lambda nbytes, what, tensor: taken.append(tensor) if "split-K" in what else None):
         weight_grad(dy, x, geometry)
     (partial,) = taken  # [splits, Co, R, S, Ci/groups]
     w = torch.zeros(geometry.w_shape, dtype=torch.float64, requires_grad=True)
-    y = native_conv2d(x[:, :, -RANDOM_ROWS:].double(), w, padding=1, groups=groups)
-    y[:, :, -BLOCK_ROWS:].backward(dy[:, :, -BLOCK_ROWS:].double())
-    # The last program serves the last tap or all of them, and with one tile the rest of the filter.
-    exact, last = w.grad.permute(0, 2, 3, 1), partial[-1].double()
-    torch.testing.assert_close(last[:, -1, -1], exact[:, -1, -1], rtol=1e-3, atol=1e-1)
-    assert exact[:, -1, -1].abs().max() > 1
+    y = native_conv2d(end(x, RANDOM).double(), w, padding=1, groups=groups)
+    end(y, BLOCK).backward(end(dy, BLOCK).double())
+    # The last program serves the last tap at least.
+    exact = w.grad.permute(0, 2, 3, 1)[:, -1, -1]
+    torch.testing.assert_close(partial[-1][:, -1, -1].double(), exact, rtol=1e-3, atol=1e-1)
+    assert exact.abs().max() > 1
 
 
-def test_a_filter_of_more_than_two_to_the_31_weights_is_read_to_its_end(last_program, monkeypatch):
-    # 2**16 output channels of 2**15 + 64 weights; the last block of channels alone is not zero, since dy is not.
-    Co, Ci = 2**16, 2**15 + 64
-    w = untouched(Co, Ci, 1, 1)
-    dy = torch.zeros(1, Co, 1, 1, dtype=torch.float16)
-    dy[:, -64:] = half(1, 64, 1, 1, seed=1)
-    w[-64:, -64:] = half(64, 64, 1, 1, seed=2)
+@pytest.fixture
+def pointwise() -> tuple[ConvGeometry, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A 1x1 convolution of one pixel by more than 2**31 weights: its geometry, x, w and dy.
+
+    Of the weights the last 256 output channels are random, and dy is zero for all others.
+    """
+    Co, Ci, last = 2**16, 2**15 + 64, 256
+    w, dy = untouched(Co, Ci, 1, 1), torch.zeros(1, Co, 1, 1, dtype=torch.float16)
+    w[-last:], dy[:, -last:] = half(last, Ci, 1, 1, seed=1), half(1, last, 1, 1, seed=2)
+    return ConvGeometry.of((1, Ci, 1, 1), w.shape), half(1, Ci, 1, 1, seed=3), w, dy
+
+
+def test_a_filter_of_more_than_two_to_the_31_weights_is_read_to_its_end(pointwise, last_program, monkeypatch):
+    geometry, x, w, dy = pointwise
+    y = forward(x, w, None, geometry)
+    assert_near(y[0, -256:], torch.einsum("kc,c->k", w[-256:, :, 0, 0].double(), x[0, :, 0, 0].double())[:, None, None])
     monkeypatch.setattr(tiles, "input_grad_tile", lambda *_: tiles.Tile(M=16, N=64, K=1024))
-    dx = input_grad(dy, w, ConvGeometry.of((1, Ci, 1, 1), w.shape))
-    exact = dy[:, -64:, 0, 0].double() @ w[-64:, -64:, 0, 0].double()
-    assert_near(dx[:, -64:, 0, 0], exact)
+    dx = input_grad(dy, w, geometry)
+    exact = torch.einsum("k,kc->c", dy[0, -256:, 0, 0].double(), w[-256:, -64:, 0, 0].double())
+    assert_near(dx[0, -64:, 0, 0], exact)
+
+
+def test_a_gradient_of_more_than_two_to_the_31_weights_is_written_to_its_end(pointwise, last_program):
+    geometry, x, _, dy = pointwise
+    dw = weight_grad(dy, x, geometry)
+    assert_near(dw[-256:, -64:, 0, 0], torch.outer(dy[0, -256:, 0, 0].double(), x[0, -64:, 0, 0].double()))
 
 
 @pytest.mark.parametrize(("size", "wide"), [(2**15, False), (2**16, True)])
