@@ -100,9 +100,11 @@ def last_program(monkeypatch):
 LARGE = [
     pytest.param((1, 1, 2**25 + 256, 64), 1, id="rows-of-pixels"),
     pytest.param((2, 1, 2**25 + 256, 64), 1, id="two-images"),
+    pytest.param((2**20 + 128, 32, 8, 8), 1, id="images"),
     pytest.param((1, 32, 2**20 + 256, 64), 1, id="rows"),
     pytest.param((1, 32, 1, 2**26 + 8192), 1, id="columns"),
     pytest.param((2, 2, 2**24 + 256, 64), 2, id="depthwise-two-images"),
+    pytest.param((2**20 + 128, 32, 8, 8), 32, id="depthwise-images"),
     pytest.param((1, 32, 2**20 + 256, 64), 32, id="depthwise-rows"),
     pytest.param((1, 32, 1, 2**26 + 8192), 32, id="depthwise-columns"),
     pytest.param((1, 2, 2**25 + 256, 64), 2, id="depthwise-rows-of-pixels"),
@@ -110,8 +112,10 @@ LARGE = [
 
 
 def end(tensor: torch.Tensor, pixels: int) -> torch.Tensor:
-    """The last image's last rows, or columns of its only row, that make so many pixels."""
+    """The last so many pixels: images, or the last one's rows, or columns of its only row."""
     rows, columns = tensor.shape[2:]
+    if rows * columns <= pixels:
+        return tensor[-pixels // (rows * columns) :]
     axis, lines = (3, pixels) if rows == 1 else (2, pixels // columns)
     return tensor[-1:].narrow(axis, tensor.shape[axis] - lines, lines)
 
