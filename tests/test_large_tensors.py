@@ -134,26 +134,34 @@ def large(x_shape: tuple, groups: int) -> tuple[ConvGeometry, torch.Tensor, torc
     return geometry, x, half(*geometry.w_shape, seed=2)
 
 
+LAYOUTS = [torch.channels_last, torch.contiguous_format]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("x_shape", "groups"), LARGE)
-def test_the_end_of_a_large_output_is_right(x_shape, groups, last_program):
+def test_the_end_of_a_large_output_is_right(x_shape, groups, layout, last_program):
     geometry, x, w = large(x_shape, groups)
     exact = native_conv2d(end(x, RANDOM).double(), w.double(), padding=1, groups=groups)
-    assert_near(end(forward(x, w, None, geometry), BLOCK), end(exact, BLOCK))
+    assert_near(end(forward(x, w, None, geometry, memory_format=layout), BLOCK), end(exact, BLOCK))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("x_shape", "groups"), LARGE)
-def test_the_end_of_a_large_input_gradient_is_right(x_shape, groups, last_program):
+def test_the_end_of_a_large_input_gradient_is_right(x_shape, groups, layout, last_program):
     geometry, dy, w = large(x_shape, groups)
     exact = conv_transpose2d(end(dy, RANDOM).double(), w.double(), padding=1, groups=groups)
-    assert_near(end(input_grad(dy, w, geometry), BLOCK), end(exact, BLOCK))
+    assert_near(end(input_grad(dy, w, geometry, memory_format=layout), BLOCK), end(exact, BLOCK))
 
 
-# In an image of one row the last tap lies in the halo.
+# In an image of one row the last tap lies in the halo. Interpreted tiles are flat, a GPU's are where channels are few.
+@pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize(("x_shape", "groups"), [case for case in LARGE if case.values[0][2] > 1])
-def test_the_last_split_of_a_large_weight_gradient_is_right(x_shape, groups, last_program, monkeypatch):
+def test_the_last_split_of_a_large_weight_gradient_is_right(x_shape, groups, flat, last_program, monkeypatch):
     geometry, x, _ = large(x_shape, groups)
     dy = untouched(*geometry.y_shape)
     end(dy, BLOCK).copy_(half(*end(dy, BLOCK).shape, seed=3))
+    if not flat:
+        monkeypatch.setattr(tiles, "weight_grad_tile", lambda *_: tiles.Tile(M=32, N=32, K=BLOCK))
     monkeypatch.setattr(tiles, "splits", lambda target, *, programs, steps: steps)
     taken = []
     with runtime.on_allocate(lambda nbytes, what, tensor: taken.append(tensor) if "split-K" in what else None):
@@ -174,17 +182,22 @@ def pointwise() -> tuple[ConvGeometry, torch.Tensor, torch.Tensor, torch.Tensor]
 
     Of the weights the last 256 output channels are random, and dy is zero for all others.
     """
-    Co, Ci, last = 2**16, 2**15 + 64, 256
+    Co, Ci, last = 2**16 + 2**10, 2**15 + 64, 256
     w, dy = untouched(Co, Ci, 1, 1), torch.zeros(1, Co, 1, 1, dtype=torch.float16)
     w[-last:], dy[:, -last:] = half(last, Ci, 1, 1, seed=1), half(1, last, 1, 1, seed=2)
     return ConvGeometry.of((1, Ci, 1, 1), w.shape), half(1, Ci, 1, 1, seed=3), w, dy
 
 
-def test_a_filter_of_more_than_two_to_the_31_weights_is_read_to_its_end(pointwise, last_program, monkeypatch):
-    geometry, x, w, dy = pointwise
-    y = forward(x, w, None, geometry)
-    assert_near(y[0, -256:], torch.einsum("kc,c->k", w[-256:, :, 0, 0].double(), x[0, :, 0, 0].double())[:, None, None])
-    monkeypatch.setattr(tiles, "input_grad_tile", lambda *_: tiles.Tile(M=16, N=64, K=1024))
+def test_a_filter_of_more_than_two_to_the_31_weights_is_read_to_its_end(pointwise, last_program):
+    geometry, x, w, _ = pointwise
+    exact = torch.einsum("kc,c->k", w[-256:, :, 0, 0].double(), x[0, :, 0, 0].double())
+    assert_near(forward(x, w, None, geometry)[0, -256:, 0, 0], exact)
+
+
+@pytest.mark.parametrize("K", [1024, 2048], ids=["channels-fill-the-blocks", "channels-end-within-a-block"])
+def test_an_input_gradient_reads_a_large_filter_to_its_end(K, pointwise, last_program, monkeypatch):
+    geometry, _, w, dy = pointwise
+    monkeypatch.setattr(tiles, "input_grad_tile", lambda *_: tiles.Tile(M=16, N=64, K=K))
     dx = input_grad(dy, w, geometry)
     exact = torch.einsum("k,kc->c", dy[0, -256:, 0, 0].double(), w[-256:, -64:, 0, 0].double())
     assert_near(dx[0, -64:, 0, 0], exact)
