@@ -101,11 +101,11 @@ LARGE = [
     pytest.param((1, 1, 2**25 + 256, 64), 1, id="rows-of-pixels"),
     pytest.param((2, 1, 2**25 + 256, 64), 1, id="two-images"),
     pytest.param((2**20 + 128, 32, 8, 8), 1, id="images"),
-    pytest.param((1, 32, 2**20 + 256, 64), 1, id="rows"),
+    pytest.param((1, 32, 2**20 + 2**16, 64), 1, id="rows"),
     pytest.param((1, 32, 1, 2**26 + 8192), 1, id="columns"),
     pytest.param((2, 2, 2**24 + 256, 64), 2, id="depthwise-two-images"),
     pytest.param((2**20 + 128, 32, 8, 8), 32, id="depthwise-images"),
-    pytest.param((1, 32, 2**20 + 256, 64), 32, id="depthwise-rows"),
+    pytest.param((1, 32, 2**20 + 2**16, 64), 32, id="depthwise-rows"),
     pytest.param((1, 32, 1, 2**26 + 8192), 32, id="depthwise-columns"),
     pytest.param((1, 2, 2**25 + 256, 64), 2, id="depthwise-rows-of-pixels"),
 ]

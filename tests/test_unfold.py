@@ -134,9 +134,9 @@ def test_wrong_calls_name_the_values():
     x, w, bias = operands((2, 3, 8, 8), (4, 3, 3, 3))
     with pytest.raises(NotImplementedError, match="groups must be 1, got 3"):
         unfold_conv2d(x, w, bias, groups=3)
-    with pytest.raises(RuntimeError, match=r"expects 3 input channels.*\[2, 2, 8, 8\]"):
+    with pytest.raises(RuntimeError, match=r"\[2, 2, 8, 8\] to have 3 channels, but got 2"):
         unfold_conv2d(x[:, :2], w, bias)
-    with pytest.raises(RuntimeError, match="larger than the padded input"):
+    with pytest.raises(RuntimeError, match=r"size per channel: \(2 x 2\). Kernel size: \(3 x 3\)"):
         unfold_conv2d(x[:, :, :2, :2], w, bias)
     with pytest.raises(TypeError, match="padding"):
         unfold_conv2d(x, w, bias, padding="same")
