@@ -138,7 +138,7 @@ class ConvGeometry:
             # Nothing is dilated where there is one row, or one column.
             PH=PH, PW=PW, DH=DH if R > 1 else 1, DW=DW if S > 1 else 1, groups=groups,
         )  # fmt: skip
-        if max(DH * (R - 1) * max(W, geometry.Q), DW * (S - 1), R * S * Ci_group) >= 2**31:
+        if max(DH * (R - 1) * max(W, geometry.Q) + DW * (S - 1), R * S * Ci_group) >= 2**31:
             raise RuntimeError(
                 f"conv2d: a filter of weight {list(w_shape)} with dilation {(DH, DW)} spans 2**31 pixels or more"
             )
@@ -187,8 +187,8 @@ class ConvGeometry:
 
     @property
     def halo_pixels(self) -> int:
-        """Pixels of the zero-padded input, over the batch."""
-        return self.N * (self.H + 2 * self.PH) * (self.W + 2 * self.PW)
+        """Pixels of the zero-padded input and one dilation more, over the batch: what pixel arithmetic stays below."""
+        return self.N * (self.H + 2 * self.PH + self.DH) * (self.W + 2 * self.PW + self.DW)
 
     @property
     def output_halo_pixels(self) -> int:

@@ -38,3 +38,10 @@ def test_pairs():
         pair(1.5, "stride")
     with pytest.raises(RuntimeError, match=r"a list of 2 values .* stride=\[1, 2, 3\]"):
         pair((1, 2, 3), "stride")
+
+
+@pytest.mark.parametrize("dilation", [(2**16, 1), (2**15, 2**30)], ids=["by-rows", "by-rows-and-columns"])
+def test_a_filter_that_spans_2_to_the_31_pixels_is_refused(dilation):
+    x_shape = (1, 1, 2**16 + 1, 2**15) if dilation[1] == 1 else (1, 1, 2**15 + 1, 2**30 + 1)
+    with pytest.raises(RuntimeError, match=r"spans 2\*\*31 pixels or more"):
+        ConvGeometry.of(x_shape, (1, 1, 2, 2), dilation=dilation)
