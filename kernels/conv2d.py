@@ -162,8 +162,8 @@ def swap_conv2d(model: nn.Module) -> nn.Module:
         ours = {nn.Conv2d: Conv2d, nn.LazyConv2d: LazyConv2d}.get(plain)
         if ours is None:
             left.append(f"{name or 'the model'} ({plain.__name__}, a subclass of nn.Conv2d)")
-        elif module.weight.dtype not in DTYPES:
-            left.append(f"{name or 'the model'} ({module.weight.dtype} weights)")
+        elif (parameter := next(module.parameters(), None)) is not None and parameter.dtype not in DTYPES:
+            left.append(f"{name or 'the model'} ({parameter.dtype} weights)")
         else:
             module.__class__ = _parametrized(type(module), ours) if is_parametrized(module) else ours
     if left:

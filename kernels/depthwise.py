@@ -46,7 +46,7 @@ def depthwise_forward_kernel(
 
     # Columns past the last channel repeat it, inside the tensor, and are not stored.
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-    channel = tl.minimum(o_n, CO - 1)
+    channel = o_n if CO % BLOCK_N == 0 else tl.minimum(o_n, CO - 1)
     p_x = x_ptr + (channel // MULTIPLIER)[None, :]  # [1, BN]
     p_w = w_ptr + channel.to(tl.int64) * (R * S)  # [BN]
 
@@ -94,8 +94,9 @@ def depthwise_input_grad_kernel(
     n = o_m // W // H
 
     # Each pixel's first tap (r0, s0), and the output pixel it reads. Pixels that no tap meets have none.
-    r0 = (h + PH) // COMMON_H * INVERSE_R % STEP_R
-    s0 = (w + PW) // COMMON_W * INVERSE_S % STEP_S
+    # The product is of two numbers below the stride, and so may need 64 bits.
+    r0 = ((h + PH) // COMMON_H % STEP_R * tl.full((), INVERSE_R, tl.int64) % STEP_R).to(INDEX)
+    s0 = ((w + PW) // COMMON_W % STEP_S * tl.full((), INVERSE_S, tl.int64) % STEP_S).to(INDEX)
     met = ((h + PH) % COMMON_H == 0) & ((w + PW) % COMMON_W == 0) & (o_m < ROWS)
     # Rows before the first output row are negative, so the division is of a multiple of SH, or its result is not used.
     p0 = (h + PH - r0 * DH) // SH
@@ -104,7 +105,8 @@ def depthwise_input_grad_kernel(
 
     # Columns past the last channel repeat it, inside the tensor, and are not stored.
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-    channel = tl.minimum(o_n, CI - 1).to(tl.int64) * MULTIPLIER  # its first output channel
+    channel = o_n if CI % BLOCK_N == 0 else tl.minimum(o_n, CI - 1)
+    channel = channel.to(tl.int64) * MULTIPLIER  # its first output channel
     p_dy = dy_ptr + channel[None, :]  # [1, BN]
     p_w = w_ptr + (channel * (R * S))[None, :]  # [1, BN]
 
@@ -152,7 +154,7 @@ def depthwise_weight_grad_kernel(
 
     # Columns past the last channel repeat it, inside the tensor, and are not stored.
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-    channel = tl.minimum(o_n, CO - 1)
+    channel = o_n if CO % BLOCK_N == 0 else tl.minimum(o_n, CO - 1)
     p_dy = dy_ptr + channel[None, :]  # [1, BN]
     p_x = x_ptr + (channel // MULTIPLIER)[None, :]  # [1, BN]
 

@@ -27,7 +27,7 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
 
     Raises TypeError if it is neither and RuntimeError if it has another length, as PyTorch does.
     """
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if not isinstance(value, (list, tuple)):
         return (integer(value, f"{name} (an int or a pair)"),) * 2
     if len(value) not in (1, 2):
         raise RuntimeError(

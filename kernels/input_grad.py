@@ -60,8 +60,9 @@ def input_grad_kernel(
         b = residue % CLASSES_W
         rows = (H - a + (SH - 1)) // SH
         columns = (W - b + (SW - 1)) // SW
-        r0 = (a + PH) // (SH // STEP_R) * INVERSE_R % STEP_R
-        s0 = (b + PW) // (SW // STEP_S) * INVERSE_S % STEP_S
+        # The product is of two numbers below the stride, and so may need 64 bits.
+        r0 = ((a + PH) // (SH // STEP_R) % STEP_R * tl.full((), INVERSE_R, tl.int64) % STEP_R).to(tl.int32)
+        s0 = ((b + PW) // (SW // STEP_S) % STEP_S * tl.full((), INVERSE_S, tl.int64) % STEP_S).to(tl.int32)
         taps_r = tl.where((a + PH) % (SH // STEP_R) == 0, (tl.maximum(R - r0, 0) + (STEP_R - 1)) // STEP_R, 0)
         taps_s = tl.where((b + PW) % (SW // STEP_S) == 0, (tl.maximum(S - s0, 0) + (STEP_S - 1)) // STEP_S, 0)
         divisor = tl.maximum(taps_s, 1)  # the pipeline computes a first step's addresses even where there is no step

@@ -90,6 +90,13 @@ def test_every_depthwise_kernel_compiles_without_spills(convolution, op, dtype, 
     assert_compiles(op, convolution, dtype, "ieee", arch, tmp_path)
 
 
+def test_depthwise_kernels_load_and_store_sixteen_bytes_of_channels():
+    for op in OPERATIONS:
+        kernel = compile_ahead(op, (32, 64, 56, 56), (64, 1, 3, 3), padding=1, groups=64, arch="sm_80")[0]
+        assert "ld.global.v4.b32" in kernel.asm["ptx"], op
+        assert "st.global.v4.b32" in kernel.asm["ptx"] or op == "weight_grad"
+
+
 def test_half_precision_uses_tensor_cores_and_16_byte_asynchronous_copies():
     for op in OPERATIONS:
         kernel = compile_ahead(op, (64, 64, 16, 16), (64, 64, 3, 3), padding=1, arch="sm_80")[0]

@@ -58,6 +58,17 @@ def test_float64_agrees(x_shape, w_shape, geometry):
     assert_matches(conv2d, x_shape, w_shape, torch.float64, **geometry)
 
 
+@pytest.mark.parametrize(
+    ("x_shape", "groups", "geometry"),
+    [((1, 2, 100_000, 1), 2, {"stride": (65535, 1), "dilation": (2, 1)}),
+     ((1, 1, 2000, 1), 1, {"stride": (1001, 1), "dilation": (2, 1), "padding": (4_300_000, 0)})],
+    ids=["depthwise", "dense"],
+)  # fmt: skip
+def test_first_taps_of_large_strides_and_paddings_are_found(x_shape, groups, geometry):
+    # Their number is a product modulo the stride, of factors whose product passes 2**31.
+    assert_matches(conv2d, x_shape, (groups, 1, 3, 1), torch.float64, groups=groups, **geometry)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize(("x_shape", "w_shape", "geometry"), CASES[:6:2] + CASES[8:10])
 def test_narrower_dtypes_agree(x_shape, w_shape, geometry, dtype):

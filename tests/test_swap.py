@@ -125,6 +125,15 @@ def test_every_plain_convolution_is_swapped_in_place():
     assert type(model[0]) is Conv2d
 
 
+def test_swapping_runs_nothing_and_needs_no_weight():
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 1, bias=False)).train()
+    del model[1].weight  # given at each call, by functional_call or a hypernetwork
+    before = copy.deepcopy(model[0].state_dict())
+    swap_conv2d(model)
+    assert type(model[1]) is Conv2d
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model[0].state_dict().items())
+
+
 def test_a_model_that_is_a_convolution_is_swapped_too():
     model = nn.Conv2d(3, 4, 3)
     x = torch.randn(1, 3, 5, 5)

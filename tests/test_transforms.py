@@ -3,6 +3,7 @@
 import io
 import itertools
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -86,6 +87,16 @@ def test_an_operand_is_kept_only_for_a_gradient_that_needs_it(frozen, kept):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         conv2d(x, w)
     assert len(saved) == kept
+
+
+def test_a_layer_with_frozen_weights_lets_its_input_go():
+    x, w, _ = operands()
+    hidden = x.requires_grad_() * 1
+    memory = weakref.ref(hidden.untyped_storage())
+    y = conv2d(hidden, w)
+    del hidden
+    assert y.requires_grad
+    assert memory() is None
 
 
 # --- forward mode and torch.func ----------------------------------------------------------------------------------
