@@ -142,6 +142,12 @@ class ConvGeometry:
             raise RuntimeError(
                 f"conv2d: a filter of weight {list(w_shape)} with dilation {(DH, DW)} spans 2**31 pixels or more"
             )
+        # Beyond, row numbers or channel numbers of a kernel would wrap.
+        if max(PH, PW) >= 2**30 or max(Co, groups * Ci_group) >= 2**31:
+            raise RuntimeError(
+                f"conv2d: padding {(PH, PW)} must stay below 2**30 pixels, and weight {list(w_shape)} with "
+                f"groups={groups} below 2**31 channels"
+            )
         return geometry
 
     @property

@@ -45,3 +45,11 @@ def test_a_filter_that_spans_2_to_the_31_pixels_is_refused(dilation):
     x_shape = (1, 1, 2**16 + 1, 2**15) if dilation[1] == 1 else (1, 1, 2**15 + 1, 2**30 + 1)
     with pytest.raises(RuntimeError, match=r"spans 2\*\*31 pixels or more"):
         ConvGeometry.of(x_shape, (1, 1, 2, 2), dilation=dilation)
+
+
+def test_padding_of_2_to_the_30_and_2_to_the_31_channels_are_refused():
+    with pytest.raises(RuntimeError, match=r"must stay below 2\*\*30 pixels"):
+        ConvGeometry.of((1, 2, 5, 1), (2, 2, 3, 1), (2**30, 1), (2**31 - 3, 0), (2**30 - 1, 1))
+    for groups in (1, 2**31 + 40):
+        with pytest.raises(RuntimeError, match=r"below 2\*\*31 channels"):
+            ConvGeometry.of((1, groups, 1, 1), (2**31 + 40, 1, 1, 1), groups=groups)
