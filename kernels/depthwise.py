@@ -55,7 +55,7 @@ def depthwise_forward_kernel(
         h_tap = h + tap // S * DH
         w_tap = w + tap % S * DW
         inside = (h_tap >= 0) & (h_tap < H) & (w_tap >= 0) & (w_tap < W) & (o_m < ROWS)  # [BM]
-        # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
+        # Halo addresses are kept inside the tensor, as everywhere: should the loop be pipelined, they are read.
         pixel = tl.where(inside, first_pixel + (tap // S * DH * W + tap % S * DW), 0)
         b_x = tl.load(p_x + pixel.to(tl.int64)[:, None] * CI, inside[:, None], other=0.0)
         acc += b_x.to(ACC) * tl.load(p_w + tap).to(ACC)[None, :]
@@ -120,7 +120,7 @@ def depthwise_input_grad_kernel(
         p = p0 - t * (DH // COMMON_H)
         q = q0 - u * (DW // COMMON_W)
         inside = met & (r < R) & (s < S) & (p >= 0) & (p < P) & (q >= 0) & (q < Q)  # [BM]
-        # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
+        # Halo addresses are kept inside the tensor, as everywhere: should the loop be pipelined, they are read.
         pixel = tl.where(inside, first_pixel - (t * (DH // COMMON_H) * Q + u * (DW // COMMON_W)), 0)
         b_dy = tl.load(p_dy + (pixel.to(tl.int64)[:, None] * CO + k), inside[:, None], other=0.0)
         if STEP_R == 1 and STEP_S == 1:
@@ -167,7 +167,7 @@ def depthwise_weight_grad_kernel(
         h = p * SH + (r * DH - PH)
         w = q * SW + (s * DW - PW)
         inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & (o_m < ROWS)  # [BM]
-        # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
+        # Halo addresses are kept inside the tensor, as everywhere: should the loop be pipelined, they are read.
         pixel = tl.where(inside, (n * H + h) * W + w, 0)
         row = tl.where(inside, o_m, 0)
         b_x = tl.load(p_x + pixel.to(tl.int64)[:, None] * CI, inside[:, None], other=0.0)
@@ -199,7 +199,7 @@ def forward(
         (-(-rows // tile.M) * -(-g.Co // tile.N), 1),
         x, w, bias, y,
         rows, g.H, g.W, g.P, g.Q, *y.stride(),
-        **_constants(g),
+        CI=g.Ci, MULTIPLIER=g.Co // g.Ci, **g.constants,
         INDEX=runtime.index_type(g.halo_pixels, rows + tile.M),
         ACC=runtime.accumulator(x.dtype), BLOCK_M=tile.M, BLOCK_N=tile.N,
         num_warps=tile.num_warps, num_stages=tile.num_stages, output=y,
@@ -220,10 +220,10 @@ def input_grad(
         (-(-rows // tile.M) * -(-g.Ci // tile.N), 1),
         dy, w, dx,
         rows, g.H, g.W, g.P, g.Q, *dx.stride(),
-        **_constants(g),
+        CI=g.Ci, MULTIPLIER=g.Co // g.Ci, **g.constants,
         COMMON_H=common_h, COMMON_W=common_w,
         INVERSE_R=pow(g.DH // common_h, -1, g.SH // common_h), INVERSE_S=pow(g.DW // common_w, -1, g.SW // common_w),
-        INDEX=runtime.index_type(g.output_halo_pixels, rows + tile.M),
+        INDEX=runtime.index_type(g.halo_pixels, g.output_halo_pixels, rows + tile.M),
         ACC=runtime.accumulator(dy.dtype), BLOCK_M=tile.M, BLOCK_N=tile.N,
         num_warps=tile.num_warps, num_stages=tile.num_stages, output=dx,
     )  # fmt: skip
@@ -246,16 +246,9 @@ def weight_grad(
         (programs, splits),
         dy, x, partial,
         rows, -(-steps // splits), g.H, g.W, g.P, g.Q, stride_wz, stride_wk, stride_wr, stride_ws,
-        **_constants(g),
+        CI=g.Ci, MULTIPLIER=g.Co // g.Ci, **g.constants,
         INDEX=runtime.index_type(g.halo_pixels, rows + splits * tile.M),
         ACC=runtime.accumulator(dy.dtype), BLOCK_M=tile.M, BLOCK_N=tile.N,
         num_warps=tile.num_warps, num_stages=tile.num_stages, output=partial,
     )  # fmt: skip
     split_k.add_up(partial, dw, g, target)
-
-
-def _constants(g: ConvGeometry) -> dict[str, int]:
-    """What all three kernels know at compile time of a geometry."""
-    return dict(
-        CI=g.Ci, MULTIPLIER=g.Co // g.Ci, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW
-    )

@@ -141,7 +141,7 @@ def forward(
         (-(-rows // tile.M) * -(-g.Co_group // tile.N) * g.groups, 1),
         x, w, bias, y,
         rows, g.H, g.W, g.P, g.Q, *y.stride(),
-        CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW,
+        CI=g.Ci_group, CO=g.Co_group, **g.constants,
         GROUPS=g.groups,
         FLAT=tile.flat,
         INDEX=runtime.index_type(g.halo_pixels, rows + tile.M),

@@ -92,7 +92,8 @@ class ConvGeometry:
         """The geometry of conv2d(x, w, ...) for x_shape (N, Ci, H, W) and w_shape (Co, Ci/groups, R, S).
 
         Raises RuntimeError naming the offending values where `torch.nn.functional.conv2d` would raise one, in PyTorch's
-        own words and more, and for a filter that is empty or spans 2**31 pixels; TypeError for what is no int.
+        own words and more, and for what kernels cannot count: an empty filter, one that spans 2**31 pixels, padding of
+        2**30 pixels, 2**31 channels. Raises TypeError for what is no int.
         """
         check_dimensions(x_shape, w_shape)
         (N, Ci, H, W), (Co, Ci_group, R, S) = x_shape, w_shape
@@ -186,9 +187,15 @@ class ConvGeometry:
         return self.N, self.Co, self.P, self.Q
 
     @property
+    def constants(self) -> dict[str, int]:
+        """The filter's size and its steps, under the names by which every kernel knows them at compile time."""
+        return dict(
+            R=self.R, S=self.S, SH=self.SH, SW=self.SW, PH=self.PH, PW=self.PW, DH=self.DH, DW=self.DW
+        )  # fmt: skip
+
+    @property
     def depthwise(self) -> bool:
-        """Whether each output channel sees one input channel alone, so that no product has an axis to sum over but
-        the filter: the kernels of depthwise.py serve it."""
+        """Whether each output channel sees one input channel alone: the kernels of depthwise.py serve it."""
         return self.groups > 1 and self.Ci_group == 1
 
     @property

@@ -161,8 +161,8 @@ def input_grad(
         (-(-rows // tile.M) * -(-g.Ci_group // tile.N) * g.groups * classes_h * classes_w, 1),
         dy, w, dx,
         g.N, rows, g.H, g.W, g.P, g.Q, *dx.stride(),
-        CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW,
-        DP=g.DH // common_h, DQ=g.DW // common_w, DH=g.DH, DW=g.DW,
+        CI=g.Ci_group, CO=g.Co_group, **g.constants,
+        DP=g.DH // common_h, DQ=g.DW // common_w,
         STEP_R=step_r, STEP_S=step_s,
         # r0 solves r0 * DH/g = (a + PH)/g (mod SH/g).
         INVERSE_R=pow(g.DH // common_h, -1, step_r), INVERSE_S=pow(g.DW // common_w, -1, step_s),

@@ -16,7 +16,7 @@ Three raw operators, `torch.ops.conv_lab.{forward, input_grad, weight_grad}`, la
 All tensors of one call share dtype and device; geometry arguments are pairs (rows, columns), in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd.function import FunctionCtx
@@ -298,10 +298,13 @@ def _asked_for(ctx: FunctionCtx, index: int) -> bool:
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-    return b if a is None else a if b is None else a + b
+    """a + b, where None is zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
 
 
-def _as_one(convolution, B: int, in_dims: tuple, operands: tuple, axes: tuple, groups: int) -> tuple:
+def _as_one(convolution: Callable, B: int, in_dims: tuple, operands: tuple, axes: tuple, groups: int) -> tuple:
     """A vmapped batch of B convolutions as one: (its result, the axis of the batch in it).
 
     operands  two tensors, whose batches `in_dims` tells
@@ -311,7 +314,8 @@ def _as_one(convolution, B: int, in_dims: tuple, operands: tuple, axes: tuple, g
     A batch of one operand is spread along what that operand shares with the result alone: images or channels. A batch
     of both makes B times the groups.
     """
-    batched = [dim is not None for dim in in_dims[:2]]
+    dims = in_dims[:2]
+    batched = [dim is not None for dim in dims]
     if not any(batched):
         return convolution(*operands, None, groups), None
     *operand_axes, result_axes = axes
@@ -325,7 +329,7 @@ def _as_one(convolution, B: int, in_dims: tuple, operands: tuple, axes: tuple, g
         inner = groups
     spread = [
         _join(operand.movedim(dim, 0), names.index(name), _parts(names, name, inner)) if dim is not None else operand
-        for operand, dim, names, name in zip(operands, in_dims, operand_axes, along, strict=False)
+        for operand, dim, names, name in zip(operands, dims, operand_axes, along, strict=True)
     ]
     axis = result_axes.index(shared)
     result = convolution(*spread, axis, groups * B if all(batched) else groups)

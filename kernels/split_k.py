@@ -46,10 +46,10 @@ def workspace(geometry: ConvGeometry, splits: int, dw: torch.Tensor) -> tuple[to
     return partial, (stride_wz, stride_wk, stride_wc, stride_wr, stride_ws)
 
 
-def add_up(partial: torch.Tensor, dw: torch.Tensor, geometry: ConvGeometry, target: runtime.Target) -> torch.Tensor:
-    """dw (Co, Ci/groups, R, S), the sum over the first axis of the workspace; dw itself where that is the workspace."""
+def add_up(partial: torch.Tensor, dw: torch.Tensor, geometry: ConvGeometry, target: runtime.Target) -> None:
+    """The sum over the workspace's first axis -> into dw (Co, Ci/groups, R, S), unless dw itself is the workspace."""
     if partial is dw:
-        return dw
+        return
     block = 256  # more, and the 64-bit divisions of a thread do not fit its registers
     runtime.launch(
         sum_splits_kernel,
@@ -58,4 +58,3 @@ def add_up(partial: torch.Tensor, dw: torch.Tensor, geometry: ConvGeometry, targ
         partial, dw, partial.shape[0], geometry.Ci_group, geometry.R, geometry.S, dw.numel(), *dw.stride(),
         ACC=runtime.accumulator(dw.dtype), BLOCK=block, num_warps=4, num_stages=1, output=dw,
     )  # fmt: skip
-    return dw

@@ -135,7 +135,10 @@ def weight_grad_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype,
 
 
 def depthwise_tile(target: Target, rows: int, channels: int, dtype: torch.dtype) -> Tile:
-    """A depthwise kernel's tile: M pixels by N channels, whose products are added one tap at a time."""
+    """A depthwise kernel's tile: M pixels by N channels, whose products are added one tap at a time.
+
+    One stage: Triton pipelines the loads of a matrix product, and there is none.
+    """
     if target.name == INTERPRETER:
         N = min(power_of_two(channels), 256)
         return Tile(M=min(power_of_two(rows), INTERPRETER_ROWS, LARGEST_BLOCK // N), N=N, K=1)
@@ -143,7 +146,7 @@ def depthwise_tile(target: Target, rows: int, channels: int, dtype: torch.dtype)
     # several blocks on a multiprocessor that hide each other's loads.
     N = min(power_of_two(channels), 128 // dtype.itemsize)
     num_warps = 4 if dtype == torch.float64 else 8
-    return Tile(M=8 * 32 * num_warps // N, N=N, K=1, num_warps=num_warps, num_stages=2)
+    return Tile(M=8 * 32 * num_warps // N, N=N, K=1, num_warps=num_warps, num_stages=1)
 
 
 def splits(target: Target, *, programs: int, steps: int) -> int:

@@ -133,7 +133,7 @@ def weight_grad(
         (programs * g.groups, splits),
         dy, x, partial,
         rows, -(-steps // splits), g.H, g.W, g.P, g.Q, *strides,
-        CI=g.Ci_group, CO=g.Co_group, R=g.R, S=g.S, SH=g.SH, SW=g.SW, PH=g.PH, PW=g.PW, DH=g.DH, DW=g.DW,
+        CI=g.Ci_group, CO=g.Co_group, **g.constants,
         GROUPS=g.groups, TILES_N=tiles_n,
         FLAT=tile.flat,
         INDEX=runtime.index_type(g.halo_pixels, rows + splits * tile.K),
@@ -142,7 +142,8 @@ def weight_grad(
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,
         num_warps=tile.num_warps, num_stages=tile.num_stages, output=partial,
     )  # fmt: skip
-    return split_k.add_up(partial, dw, g, target)
+    split_k.add_up(partial, dw, g, target)
+    return dw
 
 
 @runtime.operation("weight_grad")

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import train.run
+from kernels import ops
 
 
 @pytest.fixture
@@ -50,3 +51,13 @@ def tiny_run() -> tuple[str, ...]:
         "simplenet", "--conv", "torch", "--device", "cpu",
         "--epochs", "3", "--batch-size", "16", "--limit-train", "64", "--limit-val", "20",
     )
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The launchers called, in order."""
+    calls = []
+    for name in ("forward", "input_grad", "weight_grad"):
+        launcher = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, _f=launcher, _n=name, **k: calls.append(_n) or _f(*a, **k))
+    return calls

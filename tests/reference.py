@@ -15,6 +15,12 @@ def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def operands(groups: int = 1, **_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (2, 4, 5, 6), w (8, 4/groups, 3, 3), bias (8,)."""
+    shapes = (2, 4, 5, 6), (8, 4 // groups, 3, 3), (8,)
+    return tuple(random(*shape, dtype=torch.float64, seed=seed) for seed, shape in enumerate(shapes))
+
+
 def results(conv2d, x, w, b, dy, asked="xwb", **geometry) -> tuple[torch.Tensor | None, ...]:
     """(y, dx, dw, db) of a convolution of exactly these operands, strides and offsets included; dy None is ones.
 
@@ -25,6 +31,17 @@ def results(conv2d, x, w, b, dy, asked="xwb", **geometry) -> tuple[torch.Tensor 
     if y.requires_grad:
         y.backward(torch.ones_like(y) if dy is None else dy)
     return y.detach(), x.grad, w.grad, None if b is None else b.grad
+
+
+def second_gradients(conv2d, *operands: torch.Tensor | None, **geometry) -> tuple[torch.Tensor, ...]:
+    """Gradients of a cubic function of the gradients of a cubic function of the result, so that none is constant.
+
+    Of an empty batch PyTorch's own second gradients forget the input: they count as zeros.
+    """
+    operands = [t if t is None else t.detach().requires_grad_() for t in operands]
+    tensors = [t for t in operands if t is not None]
+    first = torch.autograd.grad(conv2d(*operands, **geometry).pow(3).sum(), tensors, create_graph=True)
+    return torch.autograd.grad(sum(g.pow(3).sum() for g in first), tensors, materialize_grads=True)
 
 
 def assert_matches(conv2d, x_shape, w_shape, dtype=torch.float32, bias=True, device="cpu", layout=None, **geometry):

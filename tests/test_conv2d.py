@@ -13,9 +13,9 @@ from torch import nn
 from triton.runtime.interpreter import interpreter_builder
 
 from kernels import Conv2d, conv2d
+from kernels.runtime import DTYPES
 
 HALF = [torch.float16, torch.bfloat16]
-DTYPES = [torch.float64, torch.float32, *HALF]
 
 CASES = [
     pytest.param((2, 16, 8, 8), (32, 16, 3, 3), {"padding": 1}, id="blocks-divide-everything"),
@@ -69,7 +69,7 @@ def test_first_taps_of_large_strides_and_paddings_are_found(x_shape, groups, geo
     assert_matches(conv2d, x_shape, (groups, 1, 3, 1), torch.float64, groups=groups, **geometry)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(("x_shape", "w_shape", "geometry"), CASES[:6:2] + CASES[8:10])
 def test_narrower_dtypes_agree(x_shape, w_shape, geometry, dtype):
     assert_matches(conv2d, x_shape, w_shape, dtype, **geometry)

@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import assert_operands_match, random
+from reference import assert_operands_match, native_conv2d, random, second_gradients
 
 from kernels import conv2d
-
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+from kernels.runtime import DTYPES
 
 
 def expanded(t: torch.Tensor) -> torch.Tensor:
@@ -75,19 +74,13 @@ def test_many_random_convolutions_agree(convolution):
     assert_operands_match(conv2d, **convolution)
 
 
-def second_gradients(conv, x, w, asked, **geometry) -> list[torch.Tensor]:
-    """Of a cubic function of the convolution's gradients, so that none is constant."""
-    x, w = (t.detach().double().requires_grad_() for t in (x, w))
-    first = torch.autograd.grad(conv(x, w, **geometry).pow(3).sum(), (x, w), create_graph=True)
-    # Of an empty batch PyTorch's own second gradients forget the input.
-    return torch.autograd.grad(sum(g.pow(2).sum() for g in first), (x, w), materialize_grads=True)
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @settings(FIXED, max_examples=40)
 @given(convolutions())
 def test_random_second_gradients_agree(convolution):
-    del convolution["b"]
-    ours = second_gradients(conv2d, **convolution)
-    for gradient, native in zip(ours, second_gradients(torch.nn.functional.conv2d, **convolution), strict=True):
+    asked = convolution.pop("asked")
+    x, w, b = (convolution.pop(name) for name in "xwb")
+    operands = x.double(), w.double(), b.double() if b is not None and "b" in asked else None
+    ours = second_gradients(conv2d, *operands, **convolution)
+    for gradient, native in zip(ours, second_gradients(native_conv2d, *operands, **convolution), strict=True):
         torch.testing.assert_close(gradient, native, rtol=1e-8, atol=1e-8 * max(1, native.abs().sum().item()))

@@ -206,7 +206,7 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     return model.eval(), x
 
 
-def assert_swapped_alike(name: str) -> None:
+def assert_swapped_alike(name: str, record_property) -> None:
     """In float64: in float32 the deepest of these networks, untrained, make 0.4% of a rounding error."""
     model, x = build(name)
     with torch.no_grad():
@@ -215,19 +215,19 @@ def assert_swapped_alike(name: str) -> None:
         swap_conv2d(model)
         assert {type(m) for m in model.modules() if isinstance(m, nn.Conv2d)} == {Conv2d}
         difference = (model(x) - expected).abs().max() / expected.abs().max()
-    print(f"{name}: largest output difference {difference:.2e} of the largest output")  # noqa: T201
+    record_property("largest output difference, of the largest output", f"{difference:.2e}")
     assert difference < 1e-8
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_torchvision_models_swapped_give_the_same_outputs(name):
-    assert_swapped_alike(name)
+def test_torchvision_models_swapped_give_the_same_outputs(name, record_property):
+    assert_swapped_alike(name, record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in torchvision.models.list_models(torchvision.models) if n not in FEW])
-def test_every_torchvision_model_swapped_gives_the_same_outputs(name):
-    assert_swapped_alike(name)
+def test_every_torchvision_model_swapped_gives_the_same_outputs(name, record_property):
+    assert_swapped_alike(name, record_property)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
