@@ -39,6 +39,8 @@ CASES = [
     pytest.param((1, 2, 12, 12), (2, 1, 9, 9), {"groups": 2, "padding": 4}, id="depthwise-many-taps"),
     pytest.param((1, 300, 4, 4), (300, 1, 3, 3), {"groups": 300, "padding": 1}, id="depthwise-more-than-a-block"),
     pytest.param((1, 17, 9, 8), (3, 17, 9, 8), {}, id="filter-covers-image"),
+    pytest.param((1, 16, 5, 5), (4, 16, 1, 3), {"dilation": (2**40, 2), "stride": 3}, id="nothing-to-dilate"),
+    pytest.param((1, 2, 5, 5), (2, 1, 1, 3), {"dilation": (2**40, 2), "groups": 2}, id="depthwise-nothing-to-dilate"),
     pytest.param((1, 17, 12, 12), (2, 17, 9, 9), {"padding": 4}, id="more-taps-than-bits-in-an-integer"),
     pytest.param((1, 16, 2, 2), (16, 16, 3, 3), {"padding": 6}, id="halo-larger-than-image"),
     pytest.param((1, 16, 3, 1), (16, 16, 1, 1), {"stride": 5, "padding": 2}, id="one-column-mostly-halo"),
@@ -60,9 +62,10 @@ def test_float64_agrees(x_shape, w_shape, geometry):
 
 @pytest.mark.parametrize(
     ("x_shape", "groups", "geometry"),
-    [((1, 2, 100_000, 1), 2, {"stride": (65535, 1), "dilation": (2, 1)}),
+    [((1, 2, 200_000, 1), 2, {"stride": (131_071, 1), "dilation": (2, 1)}),
+     ((1, 1, 300, 1), 1, {"stride": (131_071, 1), "dilation": (2, 1), "padding": (131_000, 0)}),
      ((1, 1, 2000, 1), 1, {"stride": (1001, 1), "dilation": (2, 1), "padding": (4_300_000, 0)})],
-    ids=["depthwise", "dense"],
+    ids=["depthwise", "dense-large-stride", "dense-large-padding"],
 )  # fmt: skip
 def test_first_taps_of_large_strides_and_paddings_are_found(x_shape, groups, geometry):
     # Their number is a product modulo the stride, of factors whose product passes 2**31.

@@ -40,11 +40,19 @@ def test_pairs():
         pair((1, 2, 3), "stride")
 
 
-@pytest.mark.parametrize("dilation", [(2**16, 1), (2**15, 2**30)], ids=["by-rows", "by-rows-and-columns"])
-def test_a_filter_that_spans_2_to_the_31_pixels_is_refused(dilation):
-    x_shape = (1, 1, 2**16 + 1, 2**15) if dilation[1] == 1 else (1, 1, 2**15 + 1, 2**30 + 1)
+@pytest.mark.parametrize(
+    ("x_shape", "dilation"),
+    [((1, 1, 2**16 + 1, 2**15), (2**16, 1)), ((1, 1, 214_748_365, 10), (214_748_364, 9))],
+    ids=["by-rows", "by-rows-and-columns"],
+)
+def test_a_filter_that_spans_2_to_the_31_pixels_is_refused(x_shape, dilation):
     with pytest.raises(RuntimeError, match=r"spans 2\*\*31 pixels or more"):
         ConvGeometry.of(x_shape, (1, 1, 2, 2), dilation=dilation)
+
+
+def test_one_row_or_column_of_a_filter_is_not_dilated():
+    g = ConvGeometry.of((1, 1, 5, 5), (1, 1, 1, 2), dilation=(7, 2))
+    assert (g.DH, g.DW, g.P, g.Q) == (1, 2, 5, 3)
 
 
 def test_padding_of_2_to_the_30_and_2_to_the_31_channels_are_refused():

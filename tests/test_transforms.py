@@ -149,6 +149,24 @@ def test_vmap_over_any_operands_and_the_gradients_under_it(geometry, with_bias):
         assert_same(lambda conv, d=dims, a=arguments: vmap(gradients(conv), d)(*a))
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("batched", ["dy", "x", "w"])
+def test_vmap_over_one_operand_of_a_gradient(batched, geometry):
+    x, w, _ = operands(**geometry)
+    dy = random(*native_conv2d(x, w, **geometry).shape, dtype=torch.float64, seed=5)
+    tensors = {"x": x, "w": w, "dy": dy}
+    many = torch.stack([tensors[batched] * (i + 1) for i in range(3)])
+
+    def gradients(conv):
+        def one(tensor):
+            a = tensors | {batched: tensor}
+            return vjp(lambda x, w: conv(x, w, **geometry), a["x"], a["w"])[1](a["dy"])
+
+        return vmap(one)(many)
+
+    assert_same(gradients)
+
+
 def test_vmap_within_vmap():
     x, w, _ = operands()
     xs, ws = torch.stack([x, -x]), torch.stack([w, 2 * w, 3 * w])
