@@ -3,19 +3,33 @@
 A model gets its convolution class as an argument; nothing is patched afterwards.
 """
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from kernels import Conv2d
 from kernels.unfold import UnfoldConv2d
+from models import resnet18
+from models.customnet import CustomNet
+from models.resnet18 import ResNet18
 from models.simplenet import SimpleNet
+from models.simplevit import SimpleViT
 
-MODELS = {"simplenet": SimpleNet}
+MODELS: dict[str, type[nn.Module]] = {
+    "simplenet": SimpleNet,
+    "customnet": CustomNet,
+    "simplevit": SimpleViT,
+    "resnet18": ResNet18,
+}
 CONVOLUTIONS: dict[str, type[nn.Conv2d]] = {
     "torch": nn.Conv2d,
     "unfold": UnfoldConv2d,
     "triton": Conv2d,
 }
+
+# How often a model halves its images: one pixel must be left of them.
+HALVINGS = {"simplenet": 3, "customnet": 3, "resnet18": 5}
 
 
 def build(name: str, conv: str = "triton", num_classes: int = 100, image_size: int = 128) -> nn.Module:
@@ -23,18 +37,39 @@ def build(name: str, conv: str = "triton", num_classes: int = 100, image_size: i
 
     name        one of MODELS
     conv        one of CONVOLUTIONS
-    image_size  side of the square input in pixels; SimpleNet takes any from 8 up
+    image_size  side of the square input in pixels: SimpleNet and CustomNet take any from 8 up, ResNet18 from 32 up,
+                SimpleViT multiples of 8, of which it makes its patch
 
-    Parameters lie in `memory_format(conv)`. Raises ValueError for an unknown name or convolution.
+    Weights of convolutions lie in `memory_format(conv)`. Raises ValueError for an unknown name or convolution, or a
+    size that does not fit.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     if conv not in CONVOLUTIONS:
         raise ValueError(f"unknown convolution {conv!r}; choose from {', '.join(CONVOLUTIONS)}")
-    if image_size < 8:
-        raise ValueError(f"image size {image_size} is too small: {name} halves it three times and needs 8 or more")
-    model = MODELS[name](num_classes=num_classes, conv=CONVOLUTIONS[conv])
-    return model.to(memory_format=memory_format(conv))
+    options = {"num_classes": num_classes, "conv": CONVOLUTIONS[conv]}
+    if name not in HALVINGS:
+        options["image_size"] = image_size
+    elif image_size < 2 ** HALVINGS[name]:
+        raise ValueError(
+            f"image size {image_size} is too small: {name} halves it {HALVINGS[name]} times and needs "
+            f"{2 ** HALVINGS[name]} or more"
+        )
+    model = MODELS[name](**options)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # not the whole model: SimpleViT's positions have four dimensions too
+            module.to(memory_format=memory_format(conv))
+    return model
+
+
+def load_pretrained(model: nn.Module, name: str, weights: str | Path) -> None:
+    """Puts pretrained weights into the model called `name`: ResNet18 only, see `models.resnet18.load_pretrained`.
+
+    Raises ValueError, in one line, for another model and for weights that cannot be had or do not fit.
+    """
+    if name != "resnet18":
+        raise ValueError(f"there are pretrained weights for resnet18 only, not for {name}")
+    resnet18.load_pretrained(model, weights)
 
 
 def memory_format(conv: str) -> torch.memory_format:

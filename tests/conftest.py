@@ -11,6 +11,12 @@ import train.run
 from kernels import ops
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded images are never kept in the user's own cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def make_images() -> Callable[..., Path]:
     """make_images(root, {"train/cat": 3, ...}) writes that many small distinct JPEGs into each folder."""

@@ -1,5 +1,6 @@
 """Data: the embedded images, folders of images, and what a broken source is told."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +9,21 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from train import batches, data, fashion_mini
+from train import data, fashion_mini
 from train.cli import UserError
 from train.fashion_mini import make
 
 QUIET = Console(quiet=True)
 
 
-def load(source, image_size=16, limit_train=None, limit_val=None):
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def load(source, image_size=16, limit_train=None, limit_val=None, cache=None):
     return data.load_data(
-        str(source), image_size, limit_train=limit_train, limit_val=limit_val, console=QUIET
+        str(source), image_size, limit_train=limit_train, limit_val=limit_val, console=QUIET, cache=cache
     )
 
 
@@ -49,20 +55,19 @@ def test_embedded_file_is_compact_and_has_its_licence_beside_it():
 
 def test_fashion_mini_shows_each_garment_whole_in_any_crop():
     train, val = load(data.FASHION_MINI, 32)
-    assert train.images.shape == (3000, 3, 36, 36)
+    assert train.images.shape == (3000, 1, 36, 36)
     assert train.images.dtype == torch.uint8
-    assert val.images.shape == (1000, 3, 36, 36)
+    assert val.images.shape == (1000, 1, 36, 36)
     assert train.classes[train.labels[0]] == "T-shirt/top"
     original = torch.from_numpy(fashion_mini.load_arrays()["train_images"])
-    for channel in range(3):
-        assert torch.equal(train.images[:, channel, 4:32, 4:32], original)
+    assert torch.equal(train.images[:, 0, 4:32, 4:32], original)
     assert not train.images[:, :, :4].any()
     assert not train.images[:, :, :, 32:].any()
 
 
 def test_fashion_mini_comes_in_other_sizes():
     train, _val = load(data.FASHION_MINI, 64, limit_train=20, limit_val=10)
-    assert train.images.shape == (20, 3, 72, 72)
+    assert train.images.shape == (20, 1, 72, 72)
     small, _ = load(data.FASHION_MINI, 32, limit_train=20)
     halved = torch.nn.functional.avg_pool2d(train.images.float(), 2)
     assert (halved - small.images.float()).abs().mean() < 8  # of 255: the same pictures
@@ -183,6 +188,48 @@ def test_a_missing_folder_is_named(tmp_path):
         load(tmp_path / "nowhere")
 
 
+# ---------------------------------------------------------------- fingerprints and caches
+
+
+def test_fingerprints_tell_images_labels_and_classes_apart(make_images, tmp_path):
+    root = make_images(tmp_path / "d", FULL)
+    (train, val), fewer = load(root), load(root, limit_train=3)[0]
+    assert len({train.fingerprint, val.fingerprint, fewer.fingerprint}) == 3
+    assert load(root)[0].fingerprint == train.fingerprint
+    for part in ("train", "val"):
+        (root / part / "dog").rename(root / part / "eft")
+    renamed, _ = load(root)
+    (root / "train/cat/000.jpg").rename(root / "train/eft/aaa.jpg")
+    moved, _ = load(root)
+    Image.new("RGB", (24, 20)).save(root / "train/eft/001.jpg")
+    exchanged, _ = load(root)
+    assert len({data.fingerprint for data in (train, renamed, moved, exchanged)}) == 4
+
+
+def test_a_copy_elsewhere_has_the_same_fingerprint(make_images, tmp_path):
+    root = make_images(tmp_path / "d", FULL)
+    copy = shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert load(root)[0].fingerprint == load(copy)[0].fingerprint
+
+
+def test_fashion_minis_fingerprint_follows_size_and_limit():
+    sizes = [load(data.FASHION_MINI, size)[0].fingerprint for size in (32, 64, 32)]
+    assert sizes[0] == sizes[2] != sizes[1]
+    assert load(data.FASHION_MINI, 32, limit_train=2999)[0].fingerprint != sizes[0]
+
+
+def test_decoded_images_lie_in_the_named_folder_or_the_users_cache(make_images, tmp_path):
+    root = make_images(tmp_path / "d", FULL)
+    load(root)
+    assert len(list((tmp_path / "cache/conv-lab").glob("*.images"))) == 2
+    load(root, cache=tmp_path / "named")
+    assert len(list((tmp_path / "named").glob("*.images"))) == 2
+    load(root, cache=tmp_path / "named", limit_train=100)  # no fewer than there are: the same file
+    assert len(list((tmp_path / "named").glob("*.images"))) == 2
+    load(root, cache=tmp_path / "named", limit_train=2)
+    assert len(list((tmp_path / "named").glob("*.images"))) == 3
+
+
 def test_real_photographs_load():
     root = Path(__file__).resolve().parents[2] / "shared/miniplaces10/images/train/a"
     if not root.is_dir():
@@ -191,61 +238,3 @@ def test_real_photographs_load():
     assert train.classes == ("amphitheater", "aquarium", "auditorium")
     assert train.images.shape == (30, 3, 72, 72)
     assert train.images.float().std() > 30
-
-
-# ---------------------------------------------------------------- batches
-
-
-def test_an_epoch_is_a_permutation_that_seed_and_epoch_decide():
-    order = batches.epoch_order(100, seed=1, epoch=2)
-    assert sorted(order.tolist()) == list(range(100))
-    assert torch.equal(order, batches.epoch_order(100, seed=1, epoch=2))
-    assert not torch.equal(order, batches.epoch_order(100, seed=1, epoch=3))
-    assert not torch.equal(order, batches.epoch_order(100, seed=2, epoch=1))
-
-
-@pytest.mark.parametrize(("count", "batch", "steps"), [(64, 16, 4), (70, 16, 4), (5, 16, 1)])
-def test_only_full_batches_unless_there_is_none(count, batch, steps):
-    assert batches.steps_per_epoch(count, batch) == steps
-
-
-def test_each_image_has_its_own_crop():
-    x = torch.arange(3 * 3 * 36 * 36).view(3, 3, 36, 36)
-    top, left = torch.tensor([0, 4, 2]), torch.tensor([1, 0, 4])
-    cropped = batches.crop_each(x, top, left, 32)
-    for n in range(3):
-        assert torch.equal(cropped[n], x[n, :, top[n] : top[n] + 32, left[n] : left[n] + 32])
-
-
-def test_augmentation_flips_half_and_moves_within_the_margin():
-    train, _ = load(data.FASHION_MINI, 32, limit_train=200)
-    everything = torch.arange(200)
-
-    def batch(seed, **augment):
-        random = batches.generator(seed)
-        device = torch.device("cpu")
-        return batches.train_batch(train, everything, 32, device=device, random=random, **augment)[0]
-
-    plain = batch(0, flip=False, crop=False)
-    assert torch.equal(plain, batches.centre_crop(train.images, 32))
-    flipped = batch(0, flip=True, crop=False)
-    is_flipped = torch.tensor([torch.equal(a, b.flip(2)) for a, b in zip(flipped, plain, strict=True)])
-    is_plain = torch.tensor([torch.equal(a, b) for a, b in zip(flipped, plain, strict=True)])
-    assert (is_flipped | is_plain).all()
-    assert 70 <= is_flipped.sum() <= 130
-    cropped = batch(0, flip=False, crop=True)
-    assert torch.equal(cropped.sum((1, 2, 3)), plain.sum((1, 2, 3)))  # no pixel of a garment is lost
-    assert not torch.equal(cropped, plain)
-    assert torch.equal(cropped, batch(0, flip=False, crop=True))
-    assert not torch.equal(cropped, batch(1, flip=False, crop=True))
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_normalisation_is_imagenets_and_lays_the_batch_out(layout):
-    train, _ = load(data.FASHION_MINI, 32, limit_train=10)
-    pixels, _ = batches.val_batch(train, slice(0, 10), 32, device=torch.device("cpu"))
-    x = batches.normalise(pixels, train, layout)
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    torch.testing.assert_close(x, (pixels.double() / 255).sub(mean).div(std).float(), atol=1e-6, rtol=1e-6)
-    assert x.is_contiguous(memory_format=layout)

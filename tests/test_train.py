@@ -22,7 +22,7 @@ import models
 import train.files
 from train.meter import Meter
 from train.optim import learning_rate
-from train.recipes import RECIPES, default_recipe
+from train.recipes import RECIPES, default_recipe, make_recipe
 
 RUN_FILES = {"config.json", "metrics.csv", "steps.csv", "summary.json", "curves.png", "last.pt", "best.pt"}
 
@@ -40,6 +40,28 @@ def test_writeup_recipe_is_the_writeups():
     assert (recipe.optimizer, recipe.momentum, recipe.batch_size) == ("sgd", 0.9, 256)
     assert (recipe.lr, recipe.weight_decay) == (0.1, 1e-4)
     assert (recipe.warmup_epochs, recipe.epochs) == (5, 60)
+    assert (recipe.nesterov, recipe.decay_all, recipe.label_smoothing, recipe.clip, recipe.ema) == (
+        False, True, 0, None, None,
+    )
+    assert (recipe.flip, recipe.colour, recipe.rotate, recipe.crop_area, recipe.crop_ratio) == (
+        True, 0.15, 15, 0.25, 0.2,
+    )
+    assert (recipe.init, recipe.flip_tta, recipe.amp) == ("pytorch", False, "off")
+
+
+def test_writeup_recipe_of_the_transformer_is_the_writeups():
+    recipe = make_recipe("writeup", "simplevit", "/photos")
+    assert (recipe.optimizer, recipe.epochs, recipe.lr) == ("adamw", 90, 0.01)
+    assert (recipe.weight_decay, recipe.clip, recipe.batch_size) == (0.05, 1.0, 256)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("data", ["fashion-mini", "/photos"])
+def test_every_model_has_its_recipe_and_resnet_its_pretrained_weights(name, data):
+    for model in models.MODELS:
+        recipe = make_recipe(name, model, data)
+        assert (recipe.model, recipe.recipe) == (model, name)
+        assert recipe.weights == ("imagenet" if model == "resnet18" else "none")
 
 
 @pytest.mark.parametrize(

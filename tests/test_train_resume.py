@@ -2,12 +2,14 @@
 
 import contextlib
 import csv
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,126 @@ def test_a_lost_terminal_is_a_request_unless_nohup_has_it_ignored():
             assert not stop
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def kill_and_resume(command: list[str], begin: list[str], folder: Path, delays: list[float]) -> list[int]:
+    """Starts a run, SIGKILLs it after each delay (seconds from its first line on) and resumes it, to its end.
+
+    Returns the steps that last.pt held after each kill.
+    """
+    held = []
+    for delay in [*delays, None]:
+        arguments = ["--resume", str(folder)] if (folder / "config.json").exists() else begin
+        process = subprocess.Popen(
+            [*command, *arguments], cwd=folder.parent, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if delay is None:
+            _, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err
+            return held
+        assert process.stdout.readline()
+        time.sleep(delay)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, children)):  # torchrun first, or it would end the others gently
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        if (folder / "last.pt").exists():
+            held.append(torch.load(folder / "last.pt", weights_only=True)["step"])
+    raise AssertionError
+
+
+# Everything that has a state: AdamW, a moving average, a scaled loss, augmentation, layers that draw (the transformer).
+STATEFUL = ("--amp", "fp16", "--ema", "0.9", "--recipe", "modern", "--limit-train", "64", "--limit-val", "20")
+
+
+@pytest.mark.parametrize(
+    ("model", "delays"),
+    [
+        pytest.param("simplenet", [0.3, 1.0], id="simplenet"),
+        pytest.param("simplevit", [0.0, 0.2, 0.7, 1.1, 0.4, 1.6, 0.9], id="simplevit", marks=pytest.mark.slow),
+        pytest.param("customnet", [0.1, 1.3, 0.5, 0.8, 1.7, 0.6], id="customnet", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_again_and_again_ends_with_the_weights_of_an_uninterrupted_one(model, delays, train_run, tmp_path):
+    begin = [model, "--conv", "torch", "--device", "cpu", "--epochs", "12", "--batch-size", "16", *STATEFUL]
+    assert train_run(*begin, "--out", "whole")[0] == 0
+    folder = tmp_path / "killed"
+    kill_and_resume([sys.executable, "-m", "train.run"], [*begin, "--out", str(folder)], folder, delays)
+    same_run(tmp_path / "whole", folder)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_again_and_again_end_with_the_weights_of_uninterrupted_ones(tmp_path):
+    begin = ["simplevit", "--conv", "torch", "--device", "cpu", "--epochs", "12", "--batch-size", "16", *STATEFUL]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, "-m", "train.run"]
+    for name, delays in (("whole", []), ("killed", [0.2, 1.0, 0.6, 1.5])):
+        kill_and_resume(command, [*begin, "--out", name], tmp_path / name, delays)
+    same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_run_killed_before_it_began_to_train_starts_from_its_settings(train_run, tiny_run, tmp_path):
+    assert train_run(*tiny_run, "--out", "whole")[0] == 0
+    (tmp_path / "early").mkdir()
+    shutil.copy(tmp_path / "whole/config.json", tmp_path / "early")
+    assert train_run("--resume", "early")[0] == 0
+    same_run(tmp_path / "whole", tmp_path / "early")
+
+
+def test_two_processes_do_not_train_in_one_folder(stopped, train_run):
+    with open(stopped / "config.json") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, _, err = train_run("--resume", stopped)
+    assert (code, err) == (2, f"train.run: error: another process is training in {stopped}\n")
+
+
+def test_images_exchanged_between_the_two_halves_of_a_run_are_noticed(make_images, train_run, tmp_path):
+    data = make_images(tmp_path / "d", {"cat": 12, "dog": 12})
+    with stopping_after(2):
+        run = ("simplenet", "--conv", "torch", "--device", "cpu", "--data", "d", "--image-size", "16", "--epochs", "2")
+        assert train_run(*run, "--batch-size", "4", "--out", "run")[0] == 2
+    shutil.copy(data / "cat/003.jpg", data / "cat/004.jpg")
+    code, _, err = train_run("--resume", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"the images of {data} are not those that run/last.pt was trained on" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": "customnet"}, "holds a customnet, not a simplenet"),
+        ({"classes": ["a", "b"]}, "has 2 classes, the data 10"),
+        ({"classes": list("abcdefghij")}, "class 0 of"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--resume", "--init"])
+def test_a_checkpoint_of_another_model_or_other_classes_is_refused_by_name(
+    flag, change, words, stopped, train_run, tiny_run
+):
+    path = stopped / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    if "model" in change and flag == "--init":
+        saved["settings"]["model"] = change["model"]
+    elif "model" in change:  # a run's folder into which a checkpoint of another was copied
+        saved["settings"]["model"] = change["model"]
+        words = "of other settings"
+    else:
+        saved |= change
+    torch.save(saved, path)
+    arguments = ("--resume", stopped) if flag == "--resume" else (*tiny_run, "--init", path, "--out", "new")
+    code, _, err = train_run(*arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert words in err
+
+
+def test_init_starts_from_the_weights_of_a_checkpoint(train_run, tiny_run, tmp_path):
+    assert train_run(*tiny_run, "--out", "first")[0] == 0
+    with stopping_after(0):
+        assert train_run(*tiny_run, "--seed", "7", "--init", "first/best.pt", "--out", "second")[0] == 2
+    before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("first/best.pt", "second/last.pt"))
+    for name, value in before["model"].items():
+        assert torch.equal(after["model"][name], value), name
 
 
 @pytest.fixture

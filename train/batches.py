@@ -1,14 +1,22 @@
-"""Batches out of a Dataset: their order, their augmentation, and the float tensor a network wants.
+"""Batches out of a Dataset: their order, and the augmented, normalised float tensor a network wants.
 
 Everything random is a function of (seed, epoch, batch), not of a generator's history, so a run resumed inside an
 epoch sees exactly the images it would have seen.
 """
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from train.augment import Augmentation, augment, centre_crop, draw, normalise
 from train.data import Dataset
+
+# Above 0, for trailing zeros do not count: they tell a batch's two streams from each other and from an epoch's order.
+AUGMENTATION, LAYERS = 1, 2
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
@@ -17,7 +25,8 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
 
 
 def generator(*numbers: int) -> torch.Generator:
-    """A generator whose stream depends on all of the numbers and is unrelated for neighbouring ones."""
+    """A generator whose stream depends on the numbers and is unrelated for neighbouring ones; zeros at the end of
+    them do not count."""
     (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> 1))  # torch takes a signed 64-bit seed
 
@@ -31,51 +40,101 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return max(1, count // batch_size)
 
 
-def train_batch(
-    data: Dataset, chosen: Tensor, image_size: int, *, device: torch.device, flip: bool, crop: bool,
-    random: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """(x (B, 3, S, S) float in 0..255, y (B,)) on `device`, each image with its own flip and crop."""
-    x = data.images[chosen].to(device, non_blocking=True)
-    y = data.labels[chosen].to(device, non_blocking=True)
-    if crop:
-        room = x.shape[-1] - image_size + 1
-        offsets = torch.randint(room, (2, len(chosen)), generator=random).to(device)
-        x = crop_each(x, offsets[0], offsets[1], image_size)
-    else:
-        x = centre_crop(x, image_size)
-    if flip:
-        flipped = torch.rand(len(chosen), generator=random).to(device) < 0.5
-        x = torch.where(flipped[:, None, None, None], x.flip(3), x)
-    return x, y
+@dataclass(frozen=True, slots=True)
+class Feeder:
+    """The training batches of a dataset, for one of `world_size` processes that share each batch."""
+
+    data: Dataset
+    _: KW_ONLY
+    batch_size: int
+    """Images a batch, all processes together."""
+    image_size: int
+    """Side of the images the network sees."""
+    device: torch.device
+    """Where batches are augmented and handed out."""
+    memory_format: torch.memory_format
+    augmentation: Augmentation
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self):
+        if self.count % self.world_size:
+            raise ValueError(f"a batch of {self.count} images does not split evenly over {self.world_size} processes")
+
+    @property
+    def count(self) -> int:
+        """Images in each batch: fewer than asked for where there are fewer."""
+        return min(self.batch_size, len(self.data))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.data), self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from number `start` on.
+
+        (x (B/world_size, 3, S, S) float32 of mean 0 and deviation 1, y (B/world_size,) int64), on the device.
+        """
+        order = epoch_order(len(self.data), seed=self.seed, epoch=epoch)
+
+        def gather(batch: int) -> tuple[Tensor, Tensor]:
+            mine = order[batch * self.count : (batch + 1) * self.count][self.rank :: self.world_size]
+            return gather_rows(self.data, mine, pin=self.device.type == "cuda")
+
+        mean, std = moments(self.data, self.device)
+        gathered = ahead(gather, range(start, self.steps_per_epoch))
+        try:
+            for batch, (images, labels) in enumerate(gathered, start):
+                draws = draw(
+                    self.count, self.augmentation, generator(self.seed, epoch, batch, AUGMENTATION),
+                    centre_share=self.image_size / images.shape[-1],
+                ).share(self.rank, self.world_size).to(self.device)
+                x = augment(images.to(self.device, non_blocking=True), draws, self.augmentation, self.image_size)
+                x = normalise(x, mean, std, draws.colour if self.augmentation.colour else None)
+                yield x.contiguous(memory_format=self.memory_format), labels.to(self.device, non_blocking=True)
+        finally:
+            gathered.close()
 
 
-def val_batch(data: Dataset, chosen: slice, image_size: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(x (B, 3, S, S), y (B,)) on `device`: the centre of each image."""
-    x = data.images[chosen].to(device, non_blocking=True)
-    return centre_crop(x, image_size), data.labels[chosen].to(device, non_blocking=True)
+def val_batches(
+    data: Dataset, *, batch_size: int, image_size: int, device: torch.device, memory_format: torch.memory_format,
+    rank: int = 0, world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The centres of this process's share of the images, in order, each once; the last batch may be short."""
+    mean, std = moments(data, device)
+    mine = torch.arange(rank, len(data), world_size)
+    parts = mine.split(batch_size) if len(mine) else ()
+    gathered = ahead(lambda i: gather_rows(data, parts[i], pin=device.type == "cuda"), range(len(parts)))
+    try:
+        for images, labels in gathered:
+            x = normalise(centre_crop(images.to(device, non_blocking=True), image_size), mean, std)
+            yield x.contiguous(memory_format=memory_format), labels.to(device, non_blocking=True)
+    finally:
+        gathered.close()
 
 
-def normalise(x: Tensor, data: Dataset, memory_format: torch.memory_format) -> Tensor:
-    """Pixels 0..255 as floats of mean 0 and deviation 1 per channel, in the layout the model asks for.
+def moments(data: Dataset, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
 
-    The layout is set here, once a batch, rather than in each model's forward: a model then never converts, and the
-    conversion rides on the one from uint8.
+
+def gather_rows(data: Dataset, chosen: Tensor, *, pin: bool) -> tuple[Tensor, Tensor]:
+    """Images and labels with the numbers `chosen`, copied out of the dataset; page-locked where they go to a GPU."""
+    images, labels = data.images[chosen], data.labels[chosen]
+    return (images.pin_memory(), labels.pin_memory()) if pin else (images, labels)
+
+
+def ahead(make: Callable[[int], object], numbers: range) -> Iterator:
+    """make(n) for each of the numbers, made by a thread that is one ahead; an exception of `make` is raised here.
+
+    Reading pages of a file that is mapped into memory waits for the disk; in a thread it does so during the step.
     """
-    mean = 255 * torch.tensor(data.mean, device=x.device).view(1, 3, 1, 1)
-    std = 255 * torch.tensor(data.std, device=x.device).view(1, 3, 1, 1)
-    return x.to(torch.float32, memory_format=memory_format).sub_(mean).div_(std)
-
-
-def centre_crop(x: Tensor, side: int) -> Tensor:
-    start = (x.shape[-1] - side) // 2
-    return x[:, :, start : start + side, start : start + side]
-
-
-def crop_each(x: Tensor, top: Tensor, left: Tensor, side: int) -> Tensor:
-    """x[n, :, top[n] : top[n] + side, left[n] : left[n] + side] for every n."""
-    steps = torch.arange(side, device=x.device)
-    rows, columns = top[:, None] + steps, left[:, None] + steps  # (B, side) each
-    images = torch.arange(len(x), device=x.device)[:, None, None]
-    # Indices around the channel slice put the channels last: (B, side, side, 3).
-    return x[images, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    with ThreadPoolExecutor(1, thread_name_prefix="gather") as pool:
+        waiting = None
+        for number in numbers:
+            following = pool.submit(make, number)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, error_line(self.prog, message))
+        # Of several processes that torchrun starts with the same arguments one tells.
+        self.exit(2, error_line(self.prog, message) if os.environ.get("RANK", "0") == "0" else None)
 
 
 def error_line(prog: str, message: str) -> str:
@@ -89,8 +91,11 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Inside the block the first SIGINT, SIGTERM or SIGHUP only sets the request; a second one has its usual effect."""
+def stop_on_signal(*, patient: bool = False) -> Iterator[StopRequest]:
+    """Inside the block the first SIGINT, SIGTERM or SIGHUP only sets the request; a second one has its usual effect.
+
+    A `patient` block takes any number of them for the same request: torchrun sends its own after the terminal's.
+    """
     request = StopRequest()
     usual = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     if usual[signal.SIGHUP] == signal.SIG_IGN:  # under nohup a lost terminal is no request
@@ -102,6 +107,8 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
     def ask(_signum, _frame):
         request.asked = True
+        if patient:
+            return
         restore()
         if sys.stderr.isatty():
             sys.stderr.write("\nfinishing this step, then saving; Ctrl-C again to quit without saving\n")

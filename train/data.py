@@ -1,9 +1,11 @@
-"""The images a model learns from, as one in-memory type, and the sources they come from.
+"""The images a model learns from, as one type, and the sources they come from.
 
 Images are kept as uint8, square, at 1.125 times the side the network sees (36 for 32, 144 for 128): a training batch
 is cropped from that at random, a validation batch from its centre.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +15,18 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from train import fashion_mini
+from train import fashion_mini, fashion_mnist
+from train.cache import decode_once, default_folder
 from train.cli import UserError
-from train.folder import list_folder, read_images
+from train.folder import list_folder
+from train.miniplaces import is_miniplaces, list_miniplaces
 
 # Per channel, of ImageNet's pixels scaled to 0..1. Every image is normalised with these two, whatever its source.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 FASHION_MINI = "fashion-mini"
+FASHION_MNIST = "fashion-mnist"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,12 +34,14 @@ class Dataset:
     """Labelled images of one size."""
 
     images: Tensor
-    """(N, 3, S, S) uint8."""
+    """(N, 3, S, S) uint8, or (N, 1, S, S) where they are grey; read-only where they lie in a file."""
     labels: Tensor
     """(N,) int64, indices into `classes`."""
     classes: tuple[str, ...]
     name: str
     """What the user asked for with --data."""
+    fingerprint: str
+    """Of images, labels and classes."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -43,8 +50,9 @@ class Dataset:
 
 
 def default_image_size(source: str) -> int:
-    """The side the network sees unless --image-size says otherwise: 32 for fashion-mini, 128 for photographs."""
-    return 32 if source == FASHION_MINI else 128
+    """The side the network sees unless --image-size says otherwise: 32 for garments, 128 for photographs."""
+    garments = source in (FASHION_MINI, FASHION_MNIST) or fashion_mnist.holds_files(Path(source))
+    return 32 if garments else 128
 
 
 def stored_size(image_size: int) -> int:
@@ -53,35 +61,61 @@ def stored_size(image_size: int) -> int:
 
 
 def load_data(
-    source: str, image_size: int, *, limit_train: int | None, limit_val: int | None, console: Console
+    source: str,
+    image_size: int,
+    *,
+    limit_train: int | None,
+    limit_val: int | None,
+    console: Console,
+    cache: Path | None = None,
 ) -> tuple[Dataset, Dataset]:
-    """(train, val) from fashion-mini or a folder of class folders; raises UserError naming what is wrong.
+    """(train, val) from fashion-mini, fashion-mnist or a folder: MiniPlaces, IDX files or class folders.
 
-    A limit keeps that many images, as evenly over the classes as it goes.
+    A limit keeps that many images, as evenly over the classes as it goes. Images of a folder are decoded once and
+    kept in `cache` (train.cache's default_folder() unless given). Raises UserError naming what is wrong.
     """
+    limits = {"train": limit_train, "val": limit_val}
     if source == FASHION_MINI:
-        return load_fashion_mini(image_size, limit_train=limit_train, limit_val=limit_val)
-    train, val, notice = list_folder(Path(source))
+        return frame_arrays(fashion_mini.load_arrays(), source, image_size, limits)
+    cache = cache or default_folder()
+    root = Path(source)
+    if source == FASHION_MNIST:
+        root = fashion_mnist.locate(cache, console)
+    if fashion_mnist.holds_files(root):
+        return frame_arrays(fashion_mnist.load_arrays(root), source, image_size, limits)
+    train, val, notice = list_miniplaces(root) if is_miniplaces(root) else list_folder(root)
     if notice:
         console.print(notice, soft_wrap=True, highlight=False)
     parts = []
-    for title, files, limit in (("training", train, limit_train), ("validation", val, limit_val)):
-        kept = spread(np.array(files.labels), limit)
-        images = read_images(
-            [files.paths[i] for i in kept], stored_size(image_size), title=f"reading {title} images", console=console
+    for part, files in (("train", train), ("val", val)):
+        kept = spread(np.array(files.labels), limits[part])
+        images, checksums = decode_once(
+            [files.paths[i] for i in kept],
+            stored_size(image_size),
+            root=root,
+            part=part if len(kept) == len(files.labels) else f"{part}-{len(kept)}",
+            folder=cache,
+            console=console,
         )
-        labels = torch.tensor(files.labels, dtype=torch.int64)[torch.from_numpy(kept)]
-        parts.append(Dataset(images=images, labels=labels, classes=files.classes, name=source))
+        labels = np.array(files.labels, np.int64)[kept]
+        parts.append(
+            Dataset(
+                images=images,
+                labels=torch.from_numpy(labels),
+                classes=files.classes,
+                name=source,
+                fingerprint=fingerprint(checksums, labels, files.classes),
+            )
+        )
     return parts[0], parts[1]
 
 
-def load_fashion_mini(
-    image_size: int, *, limit_train: int | None = None, limit_val: int | None = None
+def frame_arrays(
+    arrays: dict[str, np.ndarray], source: str, image_size: int, limits: dict[str, int | None]
 ) -> tuple[Dataset, Dataset]:
-    """The embedded images: 28 px grey on black, framed to 36 px, so that any 32 px crop holds the whole garment."""
-    arrays = fashion_mini.load_arrays()
+    """Fashion-MNIST's 28 px, grey on black, framed to 36 px, so that any 32 px crop holds the whole garment."""
     parts = []
-    for part, limit in (("train", limit_train), ("val", limit_val)):
+    for part, limit in limits.items():
         labels = arrays[f"{part}_labels"].astype(np.int64)
         kept = spread(labels, limit)
         grey = torch.from_numpy(arrays[f"{part}_images"][kept])[:, None]  # (N, 1, 28, 28)
@@ -91,13 +125,22 @@ def load_fashion_mini(
             framed = F.interpolate(framed, (side, side), mode="bilinear", antialias=True, align_corners=False)
         parts.append(
             Dataset(
-                images=framed.expand(-1, 3, -1, -1).contiguous(),
+                images=framed,
                 labels=torch.from_numpy(labels[kept]),
                 classes=fashion_mini.CLASSES,
-                name=FASHION_MINI,
+                name=source,
+                fingerprint=fingerprint(framed.numpy(), labels[kept], fashion_mini.CLASSES),
             )
         )
     return parts[0], parts[1]
+
+
+def fingerprint(pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> str:
+    """The same for the same pictures, labels and names, wherever they lie; `pixels` may be their checksums."""
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    for array in (labels, pixels):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def spread(labels: np.ndarray, limit: int | None) -> np.ndarray:

@@ -26,7 +26,7 @@ class Display:
             console=console,
             transient=True,
             expand=True,
-            disable=not console.is_terminal,
+            disable=console.quiet or not console.is_terminal,
             speed_estimate_period=60,
         )
         self.started = time.perf_counter()
@@ -40,13 +40,13 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def training(self, epoch: int, batch: int, meter: Meter, images_per_s: float) -> None:
-        """After a step: `epoch` counts those finished, `batch` the steps in this one."""
+    def training(self, epoch: int, batch: int, meter: Meter, images_per_s: float, wait: float) -> None:
+        """After a step: `epoch` counts those finished, `batch` the steps in this one; `wait` is percent of the time."""
         if self.progress.disable:
             return
         loss, top1, _ = meter.compute()
         done = TRAIN_COST * min(batch * self.batch_size, self.train_images)
-        self._update(epoch, done, f"loss {loss:.3f}  top-1 {top1:.1f}%  {images_per_s:,.0f} images/s")
+        self._update(epoch, done, f"loss {loss:.3f}  top-1 {top1:.1f}%  {images_per_s:,.0f} images/s  data {wait:.1f}%")
 
     def validating(self, epoch: int, images: int) -> None:
         """After a validation batch: `images` are done."""
@@ -57,7 +57,8 @@ class Display:
         elapsed = time.perf_counter() - self.started
         self.progress.console.print(
             f"epoch {epoch}/{self.epochs}  train {row['train_loss']:.3f} {row['train_top1']:.1f}%  "
-            f"val {row['val_loss']:.3f} {row['val_top1']:.1f}%  {row['images_per_s']:,.0f} images/s  {elapsed:,.0f} s",
+            f"val {row['val_loss']:.3f} {row['val_top1']:.1f}%  {row['images_per_s']:,.0f} images/s  "
+            f"data wait {row['data_wait_pct']:.1f}%  {elapsed:,.0f} s",
             soft_wrap=True,
             highlight=False,
         )

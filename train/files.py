@@ -36,6 +36,16 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
+def create_json(path: Path, value: Mapping[str, Any]) -> None:
+    """As write_json, but raises FileExistsError where there is a file already."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_json(temporary, value)
+    try:
+        os.link(temporary, path)
+    finally:
+        temporary.unlink()
+
+
 def write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")

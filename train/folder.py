@@ -1,37 +1,42 @@
 """A plain folder of images: PATH/train/<class>/* and PATH/val/<class>/*, or PATH/<class>/* split in two."""
 
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.progress import track
-from torch import Tensor
 
 from train.cli import UserError
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 VAL_EVERY = 5
+# What Pillow raises for bytes that are no image, depending on the format and on where they are wrong.
+BROKEN_IMAGE = (
+    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error,
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageFiles:
-    """Image files with their labels, class after class, in name order."""
+    """Image files with their labels, indices into `classes`.
 
-    paths: tuple[Path, ...]
+    Paths are strings: a Path takes as long to make as its file takes to find, and there may be 100,000.
+    """
+
+    paths: tuple[str, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
 
 
 def list_folder(root: Path) -> tuple[ImageFiles, ImageFiles, str]:
-    """(train, val, a notice of how it was split or ""); raises UserError naming the folder that is wrong."""
+    """(train, val, a notice of how it was split or ""); raises UserError naming the folder that is wrong.
+
+    Images come class after class, in name order.
+    """
     if not root.is_dir():
-        raise UserError(f"no data folder {str(root)!r}; --data takes fashion-mini or a folder of class folders")
+        raise UserError(f"no data folder {str(root)!r}; --data takes fashion-mini, fashion-mnist or a folder of images")
     has_train, has_val = (root / "train").is_dir(), (root / "val").is_dir()
     if has_train != has_val:
         there, missing = ("train", "val") if has_train else ("val", "train")
@@ -68,34 +73,20 @@ def images_by_class(root: Path) -> dict[str, list[Path]]:
 
 
 def flatten(classes: dict[str, list[Path]]) -> ImageFiles:
-    pairs = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
+    pairs = [(str(path), label) for label, paths in enumerate(classes.values()) for path in paths]
     return ImageFiles(
         paths=tuple(path for path, _ in pairs), labels=tuple(label for _, label in pairs), classes=tuple(classes)
     )
 
 
-def read_images(paths: Sequence[Path], side: int, *, title: str, console: Console) -> Tensor:
-    """(N, 3, side, side) uint8: short side scaled to `side`, centre square. Raises UserError naming a bad file."""
-    images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-    # Pillow decodes and scales outside the interpreter's lock, so threads use every core.
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        squares = pool.map(lambda path: read_square(path, side), paths)
-        quiet = not console.is_terminal
-        shown = track(squares, title, total=len(paths), console=console, transient=True, disable=quiet)
-        for i, square in enumerate(shown):
-            images[i] = torch.from_numpy(square).permute(2, 0, 1)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return images
-
-
-def read_square(path: Path, side: int) -> np.ndarray:
-    """(side, side, 3) uint8."""
+def read_square(path: str, side: int) -> np.ndarray:
+    """(side, side, 3) uint8: short side scaled to `side`, centre square. Raises UserError naming a bad file."""
     try:
         with Image.open(path) as file:
+            # A large JPEG is decoded at a half, quarter or eighth, as long as twice the wanted side is left to scale.
+            file.draft(file.mode, (2 * side, 2 * side))
             image = to_rgb(ImageOps.exif_transpose(file))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BROKEN_IMAGE as error:
         raise UserError(f"cannot read image {path}: {error}") from error
     width, height = image.size
     scale = side / min(width, height)

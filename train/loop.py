@@ -1,5 +1,9 @@
-"""The training loop: epochs of steps, a validation after each, and a position from which it can go on exactly."""
+"""The training loop: epochs of steps, a validation after each, and a position from which it can go on exactly.
 
+Whatever is random in a step is drawn from generators seeded by (seed, epoch, batch), so that position is two numbers.
+"""
+
+import contextlib
 import math
 import time
 from dataclasses import asdict
@@ -8,16 +12,24 @@ from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import models
-from train import batches, checkpoint
+from train import checkpoint
+from train.augment import Augmentation
+from train.batches import LAYERS, Feeder, generator, val_batches
 from train.cli import StopRequest, UserError
 from train.data import Dataset
 from train.display import Display
+from train.distributed import World
 from train.meter import Meter
-from train.optim import initialise, learning_rate, make_optimizer
+from train.optim import MovingAverage, initialise, learning_rate, make_optimizer
+from train.profiling import Profiler
 from train.recipes import Settings
 from train.records import Records
+
+SAVE_EVERY = 300  # seconds; within a long epoch, so that a crash costs no more
+AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Stopped(Exception):
@@ -28,24 +40,36 @@ class Trainer:
     """One run: the model, its optimiser, and the position in the training."""
 
     def __init__(
-        self, settings: Settings, train: Dataset, val: Dataset, device: torch.device, folder: Path,
+        self, settings: Settings, train: Dataset, val: Dataset, device: torch.device, folder: Path, world: World,
     ):
         self.settings, self.train, self.val, self.device, self.folder = settings, train, val, device, folder
-        self.memory_format = models.memory_format(settings.conv)
-        self.steps_per_epoch = batches.steps_per_epoch(len(train), settings.batch_size)
+        self.world = world
+        self.memory_format = layout(settings)
+        self.feeder = Feeder(
+            train, batch_size=settings.batch_size, image_size=settings.image_size, device=device,
+            memory_format=self.memory_format, augmentation=augmentation(settings), seed=settings.seed,
+            rank=world.rank, world_size=world.size,
+        )
+        self.steps_per_epoch = self.feeder.steps_per_epoch
 
         torch.manual_seed(settings.seed)
         self.model = models.build(settings.model, settings.conv, len(train.classes), settings.image_size)
         initialise(self.model, settings.init)
-        self.model.to(device)
+        load_initial_weights(self.model, settings, train.classes)
+        self.model = world.sync_norms(self.model.to(device, memory_format=self.memory_format), device)
+        self.average = MovingAverage(self.model, settings.ema) if settings.ema else None
+        self.forward = world.wrap(self.model, device)
+        if settings.compile:
+            self.forward = torch.compile(self.forward)
         self.optimizer = make_optimizer(self.model, settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
 
         self.epoch = 0  # epochs finished
         self.batch = 0  # steps made in the epoch under way
         self.meter = Meter(len(train.classes), device)
         self.timing = {"seconds": 0.0, "waiting": 0.0, "images": 0, "total_seconds": 0.0, "total_images": 0}
         self.best = {"epoch": 0, "val_top1": -1.0}
-        self.saved_step = 0
+        self.saved_step, self.saved_time = 0, time.monotonic()
         self.records = Records(folder)
 
     @property
@@ -53,10 +77,15 @@ class Trainer:
         """Optimiser steps made so far."""
         return self.epoch * self.steps_per_epoch + self.batch
 
-    def fit(self, display: Display, stop: StopRequest) -> None:
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are validated and kept: the moving average where there is one."""
+        return self.average.model if self.average else self.model
+
+    def fit(self, display: Display, stop: StopRequest, profiler: Profiler | None = None) -> None:
         """Trains to the last epoch. Raises Stopped, or UserError when the loss is no longer a number."""
         for _ in range(self.epoch, self.settings.epochs):
-            self.train_epoch(display, stop)
+            self.train_epoch(display, stop, profiler)
             row = self.train_row() | self.validate(display, stop)
             if not math.isfinite(row["val_loss"]):
                 self.fail("validation loss", row["val_loss"], row["lr"], step=self.step)
@@ -67,57 +96,83 @@ class Trainer:
             self.save(is_best=row["val_top1"] > self.best["val_top1"], val_top1=row["val_top1"])
             display.epoch_done(self.epoch, row)
 
-    def train_epoch(self, display: Display, stop: StopRequest) -> None:
+    def train_epoch(self, display: Display, stop: StopRequest, profiler: Profiler | None) -> None:
         """The steps of the epoch that are still to make."""
-        settings, count = self.settings, min(self.settings.batch_size, len(self.train))
-        order = batches.epoch_order(len(self.train), seed=settings.seed, epoch=self.epoch)
-        self.model.train()
-        while self.batch < self.steps_per_epoch:
-            if stop:
-                self.save()
-                raise Stopped
-            started = time.perf_counter()
-            pixels, y = batches.train_batch(
-                self.train, order[self.batch * count : (self.batch + 1) * count], settings.image_size,
-                device=self.device, flip=settings.flip, crop=settings.crop,
-                random=batches.generator(settings.seed, self.epoch, self.batch),
-            )
-            x = batches.normalise(pixels, self.train, self.memory_format)
-            waited = time.perf_counter() - started
+        self.forward.train()
+        with contextlib.closing(self.feeder.epoch(self.epoch, start=self.batch)) as fed:
+            while self.batch < self.steps_per_epoch:
+                self.stop_if_asked(stop)
+                started = time.perf_counter()
+                x, y = next(fed)
+                waited = time.perf_counter() - started
+                self.train_step(x, y)
+                self.count_time(time.perf_counter() - started, waited, images=self.world.size * len(y))
+                display.training(self.epoch, self.batch, self.meter, self.speed(), self.wait_share())
+                if profiler:
+                    profiler.step()
+                if time.monotonic() - self.saved_time > SAVE_EVERY:
+                    self.save()
 
-            lr = learning_rate(self.step, settings, self.steps_per_epoch)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            logits = self.model(x)
-            loss = F.cross_entropy(logits, y)
-            self.optimizer.zero_grad()
-            loss.backward()
-            value = loss.item()  # waits for the GPU, so that the times below are the step's own
-            if not math.isfinite(value):
-                self.fail("loss", value, lr, step=self.step + 1)
-            self.optimizer.step()
+    def train_step(self, x: Tensor, y: Tensor) -> None:
+        """One step of the optimiser on this process's share of a batch."""
+        settings = self.settings
+        # By the position alone, so that no generator's state needs keeping; each process draws for other images.
+        seeded = generator(settings.seed, self.epoch, self.batch, LAYERS, self.world.rank)
+        torch.manual_seed(seeded.initial_seed())
+        lr = learning_rate(self.step, settings, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with self.autocast():
+            logits = self.forward(x)
+            loss = F.cross_entropy(logits.float(), y, label_smoothing=settings.label_smoothing)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
 
-            self.batch += 1
-            self.meter.update(logits, y, loss)
-            self.count_time(time.perf_counter() - started, waited, images=count)
-            self.records.add_step(self.step, lr, value)
-            display.training(self.epoch, self.batch, self.meter, self.speed())
+        sums = self.world.sum(self.meter.sums_of(logits, y, loss))
+        total, _, _, images = sums.tolist()  # waits for the GPU, so that the times counted are the step's own
+        if not math.isfinite(total):
+            self.fail("loss", total / images, lr, step=self.step + 1)
+        if settings.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.batch += 1
+        if self.average:
+            self.average.update(self.model, self.step)
+        self.meter.sums += sums
+        self.records.add_step(self.step, lr, total / images)
 
     @torch.no_grad()
     def validate(self, display: Display, stop: StopRequest) -> dict[str, float]:
-        """The val_* columns of metrics.csv, over all of the validation images."""
-        meter, size = Meter(len(self.val.classes), self.device), self.settings.eval_batch_size
-        self.model.eval()
-        for start in range(0, len(self.val), size):
-            if stop:
-                self.save()  # resumed, this epoch has no steps left and is validated from the beginning
-                raise Stopped
-            chosen = slice(start, start + size)
-            pixels, y = batches.val_batch(self.val, chosen, self.settings.image_size, device=self.device)
-            logits = self.model(batches.normalise(pixels, self.val, self.memory_format))
+        """The val_* columns of metrics.csv, over all of the validation images, each counted once."""
+        meter, settings = Meter(len(self.val.classes), self.device), self.settings
+        model = self.evaluated.eval()
+        done = 0
+        for x, y in val_batches(
+            self.val, batch_size=settings.eval_batch_size, image_size=settings.image_size, device=self.device,
+            memory_format=self.memory_format, rank=self.world.rank, world_size=self.world.size,
+        ):
+            if self.world.size == 1:  # several agree at the end only, for their numbers of batches may differ
+                self.stop_if_asked(stop)
+            with self.autocast():
+                logits = predict(model, x, flip=settings.flip_tta)
             meter.update(logits, y, F.cross_entropy(logits, y))
-            display.validating(self.epoch, min(start + size, len(self.val)))
+            done += self.world.size * len(y)
+            display.validating(self.epoch, min(done, len(self.val)))
+        meter.sums = self.world.sum(meter.sums)
+        self.stop_if_asked(stop)  # resumed, this epoch has no steps left and is validated from the beginning
         return dict(zip(("val_loss", "val_top1", "val_top5"), meter.compute(), strict=True))
+
+    def stop_if_asked(self, stop: StopRequest) -> None:
+        """Saves and raises Stopped where any of the processes was asked to stop."""
+        if self.world.any(bool(stop), self.device):
+            self.save()
+            raise Stopped
+
+    def autocast(self) -> torch.autocast:
+        dtype = AMP_DTYPES[self.settings.amp]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def train_row(self) -> dict[str, float]:
         """The columns of metrics.csv that the training steps of the epoch decide."""
@@ -127,7 +182,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": loss, "train_top1": top1, "train_top5": top5,
             "images_per_s": self.speed(),
-            "data_wait_pct": 100 * self.timing["waiting"] / self.timing["seconds"],
+            "data_wait_pct": self.wait_share(),
         }
 
     def count_time(self, seconds: float, waited: float, *, images: int) -> None:
@@ -138,51 +193,98 @@ class Trainer:
             self.timing[name] += amount
 
     def speed(self) -> float:
-        """Training images per second in this epoch, validation not counted."""
+        """Training images per second in this epoch, all processes together, validation not counted."""
         return self.timing["images"] / self.timing["seconds"]
 
+    def wait_share(self) -> float:
+        """Percent of this epoch's training time spent on getting batches: read, augmented and normalised."""
+        return 100 * self.timing["waiting"] / self.timing["seconds"]
+
     def fail(self, what: str, loss: float, lr: float, *, step: int) -> NoReturn:
-        self.records.write()
+        if self.world.is_main:
+            self.records.write()
         raise UserError(
             f"the {what} became {loss} at step {step} with learning rate {lr:.3g}; "
-            f"last.pt holds step {self.saved_step}"
+            f"{self.folder / 'last.pt'} holds step {self.saved_step}"
         )
 
     def save(self, *, is_best: bool = False, val_top1: float | None = None) -> None:
-        """Writes the CSV files, then best.pt where this is the best so far, then last.pt.
+        """Writes the CSV files, then best.pt where this is the best so far, then last.pt; only rank 0 does.
 
         In this order a run killed in between has rows beyond last.pt, which resuming drops, and never lacks any.
         """
+        self.saved_step, self.saved_time = self.step, time.monotonic()
+        if is_best:
+            self.best = {"epoch": self.epoch, "val_top1": val_top1}
+        if not self.world.is_main:
+            return
         self.records.write()
         contents = {
             "settings": asdict(self.settings), "classes": list(self.train.classes),
-            "epoch": self.epoch, "step": self.step, "val_top1": val_top1, "model": self.model.state_dict(),
+            "epoch": self.epoch, "step": self.step, "val_top1": val_top1, "model": self.evaluated.state_dict(),
         }
         if is_best:
-            self.best = {"epoch": self.epoch, "val_top1": val_top1}
             checkpoint.save(self.folder / "best.pt", contents)
         checkpoint.save(self.folder / "last.pt", contents | {
-            "batch": self.batch, "train_images": len(self.train), "optimizer": self.optimizer.state_dict(),
+            "batch": self.batch, "data": [self.train.fingerprint, self.val.fingerprint],
+            "trained_model": self.model.state_dict() if self.average else None,
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "meter": self.meter.sums, "timing": self.timing, "best": self.best,
-            "rng": checkpoint.get_rng(self.device),
         })
-        self.saved_step = self.step
 
-    def resume(self) -> None:
-        """Takes up the position in last.pt; raises UserError where it is not of this run."""
+    def resume(self, saved: dict) -> None:
+        """Takes up the position that last.pt holds, `saved`; raises UserError where it is not of this run."""
         path = self.folder / "last.pt"
-        saved = checkpoint.load(path)
-        expected = (asdict(self.settings), list(self.train.classes), len(self.train))
-        if (saved.get("settings"), saved.get("classes"), saved.get("train_images")) != expected:
-            raise UserError(f"{path} is of other settings or other data than {self.folder / 'config.json'} names")
+        checkpoint.require_same_model(path, saved, self.settings.model, self.train.classes)
+        if saved.get("settings") != asdict(self.settings):
+            raise UserError(f"{path} is of other settings than {self.folder / 'config.json'} names")
+        if saved.get("data") != [self.train.fingerprint, self.val.fingerprint]:
+            raise UserError(f"the images of {self.settings.data} are not those that {path} was trained on")
         try:
-            self.model.load_state_dict(saved["model"])
+            self.model.load_state_dict(saved["trained_model"] if self.average else saved["model"])
+            if self.average:
+                self.average.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
             self.epoch, self.batch = saved["epoch"], saved["batch"]
             self.meter.sums = saved["meter"].to(self.device)
             self.timing, self.best = saved["timing"], saved["best"]
-            checkpoint.set_rng(saved["rng"], self.device)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         self.saved_step = self.step
         self.records.read(up_to_step=self.step, up_to_epoch=self.epoch)
+
+
+def layout(settings: Settings) -> torch.memory_format:
+    """The memory format of the run's parameters and batches."""
+    if settings.conv == "torch" and settings.channels_last:
+        return torch.channels_last
+    return models.memory_format(settings.conv)
+
+
+def augmentation(settings: Settings) -> Augmentation:
+    return Augmentation(
+        flip=settings.flip, colour=settings.colour, rotate=settings.rotate,
+        crop_area=settings.crop_area, crop_ratio=settings.crop_ratio,
+    )
+
+
+def load_initial_weights(model: nn.Module, settings: Settings, classes: tuple[str, ...]) -> None:
+    """Pretrained weights (--weights) or those of a checkpoint of ours (--init); UserError where they misfit."""
+    if settings.weights != "none":
+        source = settings.weights if settings.weights == "imagenet" else Path(settings.weights)
+        try:
+            models.load_pretrained(model, settings.model, source)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    if settings.start_from is not None:
+        path = Path(settings.start_from)
+        saved = checkpoint.load(path)
+        checkpoint.require_same_model(path, saved, settings.model, classes)
+        checkpoint.load_weights(path, saved, model)
+
+
+def predict(model: nn.Module, x: Tensor, *, flip: bool) -> Tensor:
+    """(N, classes) float32 logits; with `flip`, the mean over each image and its mirror image."""
+    logits = model(x).float()
+    return (logits + model(x.flip(3)).float()) / 2 if flip else logits

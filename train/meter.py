@@ -16,8 +16,12 @@ class Meter:
 
     def update(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         """logits (B, classes), labels (B,), loss the batch's mean."""
+        self.sums += self.sums_of(logits, labels, loss)
+
+    def sums_of(self, logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+        """What one batch adds to `sums`: (4,) float64."""
         logits, count = logits.detach(), len(labels)
-        self.sums += torch.stack([
+        return torch.stack([
             loss.detach().double() * count,
             self._right(logits, labels, 1).double(),
             self._right(logits, labels, self.k).double(),

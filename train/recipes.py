@@ -1,10 +1,12 @@
-"""Everything a training run is told, as one dataclass; the recipes are values of it.
+"""Everything a training run is told, as one dataclass; the recipes are values of it, and this file holds them all.
 
 The command line replaces only what was typed. A run keeps its settings in config.json and is resumed from there.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from train.data import FASHION_MINI, FASHION_MNIST
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,10 +19,16 @@ class Settings:
     """A name in models.MODELS."""
     conv: str = "triton"
     """A name in models.CONVOLUTIONS."""
-    data: str = "fashion-mini"
-    """"fashion-mini", or the absolute path of a folder."""
+    weights: str = "none"
+    """Pretrained weights to start from (ResNet18): "none", "imagenet", or the absolute path of a file."""
+    start_from: str | None = None
+    """The absolute path of a checkpoint of this lab whose weights the run starts from."""
+    data: str = FASHION_MINI
+    """"fashion-mini", "fashion-mnist", or the absolute path of a folder."""
+    cache: str | None = None
+    """Folder of the decoded images; None is the user's own cache folder."""
     image_size: int | None = None
-    """Side of the images the network sees, in pixels; None is the data's own: 32 for fashion-mini, else 128."""
+    """Side of the images the network sees, in pixels; None is the data's own: 32 for Fashion-MNIST, else 128."""
     limit_train: int | None = None
     """Use this many training images, evenly over the classes; None is all of them."""
     limit_val: int | None = None
@@ -28,31 +36,59 @@ class Settings:
     device: str = "auto"
     """"cpu", "cuda", or "auto": CUDA where there is a GPU."""
     seed: int = 0
-    """Decides the initial parameters, the order of the images and their augmentation."""
+    """Decides the initial parameters, the order of the images, their augmentation, and what layers draw."""
 
     epochs: int
     """Passes over the training images."""
     batch_size: int
-    """Images a training step."""
+    """Images a training step, all processes together."""
     eval_batch_size: int = 256
     """Images a validation batch; changes speed and memory, never a result."""
     init: Literal["pytorch", "kaiming"]
-    """Initial weights: each layer's own default, or Kaiming's normal distribution with biases at zero."""
+    """Initial weights: each model's own, or Kaiming's normal distribution with biases at zero."""
     optimizer: Literal["sgd", "adamw"]
     """SGD with `momentum`, or AdamW with torch's default betas."""
     lr: float
     """The learning rate at the top of the schedule."""
     momentum: float = 0.9
     """Of SGD; AdamW takes no notice of it."""
+    nesterov: bool = False
+    """SGD with Nesterov's momentum."""
     weight_decay: float
-    """On every parameter."""
+    """On every parameter, or only on weights (see `decay_all`)."""
+    decay_all: bool = False
+    """Decay norms, biases and position embeddings too, as a plain optimiser does."""
     warmup_epochs: float
     """Linear warm-up from ~0 to `lr`; at most half the training, so that a short trial still comes down again."""
+    label_smoothing: float = 0.0
+    """Share of each training label spread evenly over all classes (Szegedy et al. 2016)."""
+    clip: float | None = None
+    """Scale gradients down to this norm, all parameters together; None leaves them."""
+    ema: float | None = None
+    """Decay a step of the moving average of the weights that is validated and kept; None validates the weights."""
+    flip_tta: bool = False
+    """Validate on the mean of an image's logits and its mirror image's."""
+    amp: Literal["off", "fp16", "bf16"] = "off"
+    """Automatic mixed precision; fp16 with a scaled loss."""
+    channels_last: bool = True
+    """Channels-last tensors for PyTorch's convolution; ours always has them, the unfolding one never."""
+    compile: bool = False
+    """Train through torch.compile."""
+
     flip: bool
     """Flip half of the training images left to right."""
-    crop: bool
-    """Crop training images at random from 1.125 times the size; otherwise from the centre."""
+    colour: float = 0.0
+    """Multiply each channel of a training image by 1 - this ... 1 + this."""
+    rotate: float = 0.0
+    """Rotate training images by up to so many degrees, and keep the inscribed square."""
+    crop_area: float | None = None
+    """Random resized crop of at least this share of the area; None crops the centre."""
+    crop_ratio: float = 0.0
+    """Width over height of that crop: 1 - this ... 1 + this."""
 
+
+# MISSION's geometry and colour: what the write-up did to its training images.
+WRITEUP_AUGMENTATION = dict(flip=True, colour=0.15, rotate=15.0, crop_area=0.25, crop_ratio=0.2)
 
 RECIPES = {
     # For small images and few of them, where SGD's 60 epochs are not to be had: on fashion-mini it passes 75% within
@@ -65,11 +101,11 @@ RECIPES = {
         optimizer="adamw",
         lr=1.5e-3,
         weight_decay=1e-2,
+        decay_all=True,
         warmup_epochs=1,
         flip=False,
-        crop=False,
     ),
-    # The course write-up's. Of its augmentation the flip and the crop are here; colour, rotation and scale are not.
+    # The course write-up's, to the letter.
     "writeup": Settings(
         recipe="writeup",
         epochs=60,
@@ -78,13 +114,49 @@ RECIPES = {
         optimizer="sgd",
         lr=0.1,
         weight_decay=1e-4,
+        decay_all=True,
         warmup_epochs=5,
-        flip=True,
-        crop=True,
+        **WRITEUP_AUGMENTATION,
+    ),
+    "modern": Settings(
+        recipe="modern",
+        epochs=60,
+        batch_size=128,
+        init="kaiming",
+        optimizer="adamw",
+        lr=2e-3,
+        weight_decay=5e-2,
+        warmup_epochs=3,
+        label_smoothing=0.1,
+        clip=1.0,
+        ema=0.998,
+        flip_tta=True,
+        **WRITEUP_AUGMENTATION,
     ),
 }
 
+# What a recipe changes for one model.
+FOR_MODEL: dict[tuple[str, str], dict[str, Any]] = {
+    ("writeup", "simplevit"): dict(optimizer="adamw", epochs=90, lr=0.01, weight_decay=0.05, clip=1.0),
+    ("modern", "simplevit"): dict(epochs=90, lr=1e-3, init="pytorch"),
+    ("modern", "resnet18"): dict(optimizer="sgd", nesterov=True, lr=0.01, weight_decay=5e-4, init="pytorch"),
+    ("quick", "simplevit"): dict(lr=1e-3, init="pytorch"),
+    ("quick", "resnet18"): dict(lr=1e-3, init="pytorch"),
+}
+# What quick changes for photographs, which are fewer to the class and harder than fashion's.
+QUICK_PHOTOS: dict[str, Any] = dict(epochs=10, batch_size=64, lr=2e-3, flip=True, crop_area=0.5, crop_ratio=0.2)
+
+FASHION = (FASHION_MINI, FASHION_MNIST)
+
+
+def make_recipe(name: str, model: str, data: str) -> Settings:
+    """The settings of recipe `name` for a model on `data` (a folder's path, or a name in FASHION)."""
+    settings = replace(RECIPES[name], model=model, weights="imagenet" if model == "resnet18" else "none")
+    if name == "quick" and data not in FASHION:
+        settings = replace(settings, **QUICK_PHOTOS)
+    return replace(settings, **FOR_MODEL.get((name, model), {}))
+
 
 def default_recipe(data: str, device: str) -> str:
-    """"quick" for the embedded images or without a GPU, where 60 epochs would take days; else "writeup"."""
-    return "quick" if data == "fashion-mini" or device == "cpu" else "writeup"
+    """"quick" for Fashion-MNIST or without a GPU, where 60 epochs would take days; else "writeup"."""
+    return "quick" if data in FASHION or device == "cpu" else "writeup"

@@ -86,7 +86,7 @@ def git_commit() -> str | None:
 
 def summarise(
     settings: Settings, device: torch.device, *, classes: int, train_images: int, val_images: int,
-    last: dict[str, str], best: dict[str, Any], images_per_s: float,
+    last: dict[str, str], best: dict[str, Any], images_per_s: float, processes: int,
 ) -> dict[str, Any]:
     """The contents of summary.json; `last` is the final row of metrics.csv."""
     return {
@@ -94,6 +94,7 @@ def summarise(
         "conv": settings.conv,
         "backend": backend_of(settings.conv, device),
         "device": device_name(device),
+        "processes": processes,
         "data": settings.data,
         "classes": classes,
         "train_images": train_images,
@@ -136,8 +137,11 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
         )
 
 
-def draw_curves(folder: Path, title: str) -> None:
-    """curves.png from the folder's two CSV files: top-1, top-5, learning rate, loss per step."""
+def draw_curves(folder: Path, title: str, *, label_smoothing: float = 0.0) -> None:
+    """curves.png from the folder's two CSV files: top-1, top-5, learning rate, loss per step.
+
+    The loss is the one that was minimised; its panel says so where `label_smoothing` lifts it above the plain one.
+    """
     epochs, steps = read_csv(folder / "metrics.csv"), read_csv(folder / "steps.csv")
     figure = Figure(figsize=(10, 7), layout="constrained")
     figure.suptitle(title)
@@ -155,7 +159,8 @@ def draw_curves(folder: Path, title: str) -> None:
     window = max(1, len(steps) // 50)
     smooth = [sum(losses[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
     loss.plot(numbers, smooth, color=TRAIN_COLOUR, label=f"mean of {window}")
-    loss.set(xlabel="step", ylabel="training loss", ylim=(0, None))
+    smoothed = f"\n(cross-entropy, label smoothing {label_smoothing:g})" if label_smoothing else ""
+    loss.set(xlabel="step", ylabel=f"training loss{smoothed}", ylim=(0, None))
     loss.legend()
     for axes in (top1, top5, rate, loss):
         axes.grid(alpha=0.3)
@@ -169,5 +174,7 @@ def draw_accuracy(axes: Axes, epochs: list[dict[str, str]], column: str, label: 
         values = [float(row[f"{part}_{column}"]) for row in epochs]
         axes.plot(numbers, values, marker="o" if len(epochs) < 30 else None, color=colour, label=part)
     axes.set(xlabel="epoch", ylabel=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(epochs) == 1:
+        axes.set_ylim(0, 103)  # matplotlib would spread two points over the whole height
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.legend()

@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before the seconds that importing torch takes
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import json
 import shlex
 import time
@@ -16,27 +17,35 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch._dynamo.exc import BackendCompilerFailed
 
 import models
 from train import checkpoint
 from train.cli import Parser, UserError, number, run_command, stop_on_signal
 from train.data import FASHION_MINI, default_image_size, load_data, require_classes
+from train.devices import one_thread, pick_device
 from train.display import Display
-from train.files import write_json
-from train.loop import Stopped, Trainer
-from train.recipes import RECIPES, Settings, default_recipe
+from train.distributed import World, connect, restarted, start_time
+from train.files import create_json, write_json
+from train.loop import AMP_DTYPES, Stopped, Trainer
+from train.profiling import WARM_UP, Profiler
+from train.recipes import FASHION, RECIPES, Settings, default_recipe, make_recipe
 from train.report import backend_of, describe_backend, device_name, draw_curves, print_summary, summarise
 
 EXAMPLES = """
 examples:
   python -m train.run simplenet                        the embedded images, through the Triton kernels
   python -m train.run simplenet --conv torch           the same with PyTorch's own convolution
-  python -m train.run simplenet --data ~/flowers --image-size 64 --epochs 10
+  python -m train.run customnet --data ~/miniplaces --recipe modern
+  python -m train.run resnet18 --data ~/flowers --image-size 64 --weights ~/resnet18-f37072fd.pth
   python -m train.run --resume runs/simplenet-triton-20260102-030405
+  torchrun --nproc-per-node 8 -m train.run simplenet --data ~/miniplaces --out runs/eight
 
-Recipes: quick (AdamW, a few epochs) is the default on fashion-mini and on a CPU, writeup (SGD, 60 epochs)
-otherwise. --data takes a folder PATH/train/<class>/*.jpg with PATH/val/<class>/*.jpg, or PATH/<class>/*.jpg,
-which is then split. Without a GPU the Triton kernels run in Triton's interpreter: right, and slow.
+Recipes: quick (AdamW, few epochs) is the default on Fashion-MNIST and on a CPU, writeup (the course write-up's
+settings) otherwise; modern trains best. --data takes MiniPlaces (a folder with train.txt and val.txt), a folder
+PATH/train/<class>/*.jpg with PATH/val/<class>/*.jpg, or PATH/<class>/*.jpg, which is then split. Under torchrun
+--batch-size is that of all processes together; who raises it raises --lr in proportion. Without a GPU the Triton
+kernels run in Triton's interpreter: right, and slow.
 """
 
 
@@ -51,23 +60,38 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     whole = number(int, above=0)
+    on_off = argparse.BooleanOptionalAction
     add = parser.add_argument
     add("model", nargs="?", default=None, choices=list(models.MODELS), help="what to train (not needed by --resume)")
     add("--conv", choices=list(models.CONVOLUTIONS), help="which convolution computes it (default: triton)")
-    add("--data", metavar="fashion-mini|PATH", help="the embedded images (the default), or a folder of class folders")
+    add("--data", metavar="fashion-mini|fashion-mnist|PATH", help="images to train on (default: the embedded ones)")
     add("--recipe", choices=list(RECIPES), help="settings to start from (default: see below)")
     add("--epochs", type=whole, metavar="N", help="passes over the training images")
-    add("--batch-size", type=whole, metavar="N", help="images a training step")
+    add("--batch-size", type=whole, metavar="N", help="images a training step, all processes together")
     add("--lr", type=number(float, above=0, most=1e4), metavar="X", help="highest learning rate of the schedule")
+    add("--optimizer", choices=["sgd", "adamw"], help="what makes the steps")
+    add("--weight-decay", type=number(float, least=0), metavar="X", help="decay of the weights")
+    add("--label-smoothing", type=number(float, least=0, most=0.99), metavar="X", help="share spread over all classes")
+    add("--clip", type=number(float, least=0), metavar="X", help="largest norm of the gradient (0: any)")
+    add("--ema", type=number(float, least=0, most=0.999999), metavar="X",
+        help="decay a step of a moving average of the weights, which is then what is validated (0: none)")
+    add("--flip-tta", action=on_off, help="validate on images and their mirror images")
     side = number(int, least=8, most=4096)
-    add("--image-size", type=side, metavar="N", help="side of the images (fashion-mini: 32, else 128)")
+    add("--image-size", type=side, metavar="N", help="side of the images (Fashion-MNIST: 32, else 128)")
     add("--limit-train", type=whole, metavar="N", help="use only N training images, evenly over the classes")
     add("--limit-val", type=whole, metavar="N", help="use only N validation images, evenly over the classes")
+    add("--cache", type=Path, metavar="DIR", help="where decoded images are kept (default: ~/.cache/conv-lab)")
     add("--device", choices=["auto", "cpu", "cuda"], help="where to train (default: auto, the GPU if there is one)")
+    add("--amp", choices=list(AMP_DTYPES), help="automatic mixed precision (default: off)")
+    add("--compile", action=on_off, help="train through torch.compile (default: no)")
+    add("--channels-last", action=on_off, help="the layout for --conv torch (default: yes)")
+    add("--weights", metavar="FILE|imagenet|none", help="pretrained weights of ResNet18 (default: imagenet)")
+    add("--init", type=Path, metavar="FILE", help="start from the weights of a checkpoint of the same model")
     seed = number(int, least=0, most=2**63 - 1)
     add("--seed", type=seed, metavar="N", help="of weights, order and augmentation (default: 0)")
     add("--out", type=Path, metavar="DIR", help="the run folder (default: runs/<model>-<conv>-<time>)")
     add("--resume", type=Path, metavar="DIR", help="go on with the run in DIR, with the settings it began with")
+    add("--profile", type=whole, metavar="N", help="profile N training steps: a table of operators and a trace")
     return parser
 
 
@@ -77,97 +101,138 @@ def main(argv: list[str] | None = None) -> None:
 
 def command(arguments: argparse.Namespace) -> None:
     typed = {name: value for name, value in vars(arguments).items() if value is not None}
-    console = Console()
-    if "resume" in typed:
-        resume(typed, console)
-    else:
-        start(typed, console)
+    with connect() as world:
+        console = Console(quiet=not world.is_main)
+        if "resume" in typed:
+            resume(typed, console, world)
+        else:
+            start(typed, console, world)
 
 
-def start(typed: dict, console: Console) -> None:
-    """A new run."""
-    out = typed.pop("out", None)
+def start(typed: dict, console: Console, world: World) -> None:
+    """A new run, or what torchrun restarted of one."""
+    out, profile = typed.pop("out", None), typed.pop("profile", None)
     settings = make_settings(typed)
-    with new_folder(out, settings) as folder:
-        trainer = make_trainer(settings, folder, console)
+    folder = world.share(out.expanduser() if out else default_folder(settings, started=start_time()))
+    if world.share(restarted() and has_settings(folder, settings)):
+        resume({"resume": folder}, console, world)
+        return
+    with new_folder(folder, settings, exact=out is not None) if world.is_main else contextlib.nullcontext() as made:
+        trainer = make_trainer(settings, world.share(made), console, world)
         trainer.save()  # whatever happens from now on, --resume can go on
-        train(trainer, console)
+        train(trainer, console, profile)
 
 
-def resume(typed: dict, console: Console) -> None:
+def resume(typed: dict, console: Console, world: World) -> None:
     """The rest of an earlier run."""
-    folder = typed.pop("resume")
-    model = typed.pop("model", None)
+    folder, profile, model = typed.pop("resume"), typed.pop("profile", None), typed.pop("model", None)
     if typed:
         flag = "--" + next(iter(typed)).replace("_", "-")
         raise UserError(f"--resume goes on with the settings in {folder / 'config.json'}; leave out {flag}")
-    settings = read_settings(folder)
-    if model not in (None, settings.model):
-        raise UserError(f"{folder} is a run of {settings.model}, not of {model}")
-    if (folder / "summary.json").exists():
-        console.print(f"{folder} is complete: there is nothing left to do", soft_wrap=True, highlight=False)
-        try:
-            print_summary(console, json.loads((folder / "summary.json").read_text()), folder)
-        except (ValueError, KeyError, TypeError) as error:
-            path = folder / "summary.json"
-            raise UserError(f"{path} is damaged; delete it and resume again to rewrite it") from error
-        return
-    trainer = make_trainer(settings, folder, console)
-    trainer.resume()
-    console.print(f"going on after step {trainer.step}", highlight=False)
-    train(trainer, console)
+    with the_only_one(folder) if world.is_main else contextlib.nullcontext():
+        settings, saved = world.share(read_run(folder) if world.is_main else None)
+        if model not in (None, settings.model):
+            raise UserError(f"{folder} is a run of {settings.model}, not of {model}")
+        if world.share((folder / "summary.json").exists()):
+            show_finished(folder, console)
+            return
+        trainer = make_trainer(settings, folder, console, world)
+        if saved is None:
+            trainer.save()
+        else:
+            trainer.resume(saved)
+        console.print(f"going on after step {trainer.step}", highlight=False)
+        train(trainer, console, profile)
+
+
+def show_finished(folder: Path, console: Console) -> None:
+    console.print(f"{folder} is complete: there is nothing left to do", soft_wrap=True, highlight=False)
+    path = folder / "summary.json"
+    try:
+        print_summary(console, json.loads(path.read_text()), folder)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; delete it and resume again to rewrite it") from error
 
 
 def make_settings(typed: dict) -> Settings:
     """The recipe with what was typed in its place, and everything that was left open decided."""
     if "model" not in typed:
         raise UserError(f"name a model to train: {', '.join(models.MODELS)} (or --resume DIR)")
-    typed["device"] = pick_device(typed.get("device", "auto"))
+    typed["device"] = pick_device(typed.get("device", "auto")).type
     data = typed.setdefault("data", FASHION_MINI)
+    if data not in FASHION:
+        data = typed["data"] = absolute("--data", data)  # a run is resumed from any folder
     typed.setdefault("image_size", default_image_size(data))
-    recipe = RECIPES[typed.pop("recipe", None) or default_recipe(data, typed["device"])]
-    if data != FASHION_MINI:
-        try:
-            typed["data"] = str(Path(data).expanduser().absolute())  # a run is resumed from any folder
-        except RuntimeError as error:
-            raise UserError(f"--data {data}: {error}") from error
-    return dataclasses.replace(recipe, **typed)
+    name = typed.pop("recipe", None) or default_recipe(data, typed["device"])
+    if typed.get("weights", "none") not in ("none", "imagenet"):
+        typed["weights"] = absolute("--weights", typed["weights"])
+    if "init" in typed:
+        typed["start_from"] = absolute("--init", typed.pop("init"))
+        typed.setdefault("weights", "none")
+    if "cache" in typed:
+        typed["cache"] = absolute("--cache", typed["cache"])
+    for name_of_none in ("clip", "ema"):
+        if typed.get(name_of_none) == 0:
+            typed[name_of_none] = None
+    return dataclasses.replace(make_recipe(name, typed["model"], data), **typed)
 
 
-def read_settings(folder: Path) -> Settings:
-    """The settings of the run in `folder`; config.json must say what its checkpoint was made with."""
+def absolute(flag: str, path: str | Path) -> str:
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:  # a user whose home is not known
+        raise UserError(f"{flag} {path}: {error}") from error
+
+
+def read_run(folder: Path) -> tuple[Settings, dict | None]:
+    """The settings of the run in `folder` and what last.pt holds, which must have been made with them.
+
+    A run killed before it began to train has no last.pt yet, and nothing to lose: None, it starts from the beginning.
+    """
     path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"no run to resume in {folder}: it has no {path.name}")
     try:
         settings = Settings(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged or of another version: {error}") from error
-    if checkpoint.load(folder / "last.pt").get("settings") != dataclasses.asdict(settings):
+    if not any((folder / name).exists() for name in RUN_FILES if name != path.name):
+        return settings, None
+    saved = checkpoint.load(folder / "last.pt")
+    if saved.get("settings") != dataclasses.asdict(settings):
         raise UserError(f"{folder / 'last.pt'} is of other settings than {path} names")
-    return settings
+    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink()
+    return settings, saved
 
 
-def pick_device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+def has_settings(folder: Path, settings: Settings) -> bool:
+    """Whether `folder` holds a run with these settings."""
+    try:
+        return json.loads((folder / "config.json").read_text()) == dataclasses.asdict(settings)
+    except (OSError, ValueError):
+        return False
 
 
 # A folder that holds one of these holds a run, and is never written over.
 RUN_FILES = ("config.json", "steps.csv", "metrics.csv", "best.pt", "last.pt", "summary.json")
 
 
+def default_folder(settings: Settings, started: float) -> Path:
+    name = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
+    return Path("runs", f"{settings.model}-{settings.conv}-{name}")
+
+
 @contextlib.contextmanager
-def new_folder(out: Path | None, settings: Settings) -> Iterator[Path]:
+def new_folder(folder: Path, settings: Settings, *, exact: bool) -> Iterator[Path]:
     """The run's folder with its config.json, proved writable and ours alone before anything slow happens.
 
+    Where the user named it, it must be this `exact` one; otherwise one that is taken gets a number behind its name.
     Where no checkpoint was written into it, config.json and the folders made for it are gone again.
     """
-    folder = (out or Path("runs", f"{settings.model}-{settings.conv}-{time.strftime('%Y%m%d-%H%M%S')}")).expanduser()
     data = Path(settings.data)
-    if settings.data != FASHION_MINI and not (data / "train").is_dir() and folder.absolute().is_relative_to(data):
-        raise UserError(f"the run folder {folder} would lie among the class folders of {data}; take another --out")
+    if settings.data not in FASHION and not (data / "train").exists() and not (data / "train.txt").exists():
+        for flag, path in (("--out", folder), ("--cache", settings.cache)):
+            if path is not None and Path(path).absolute().is_relative_to(data):
+                raise UserError(f"{path} would lie among the class folders of {data}; take another {flag}")
     wanted, again = folder, 1
     while True:
         made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -175,11 +240,10 @@ def new_folder(out: Path | None, settings: Settings) -> Iterator[Path]:
         try:
             if any((folder / name).exists() for name in RUN_FILES):
                 raise FileExistsError
-            with open(folder / "config.json", "x") as file:  # of two processes, one
-                json.dump(dataclasses.asdict(settings), file, indent=2)
+            create_json(folder / "config.json", dataclasses.asdict(settings))  # of two processes, one can
             break
         except FileExistsError:
-            if out is not None:
+            if exact:
                 raise UserError(
                     f"{folder} already holds a run; take another --out, or go on with it by "
                     f"--resume {shlex.quote(str(folder))}"
@@ -190,10 +254,25 @@ def new_folder(out: Path | None, settings: Settings) -> Iterator[Path]:
             remove(folder, made)
             raise
     try:
-        yield folder
+        with the_only_one(folder):
+            yield folder
     finally:
         if not (folder / "last.pt").exists():
             remove(folder, made)
+
+
+@contextlib.contextmanager
+def the_only_one(folder: Path) -> Iterator[None]:
+    """No other process of this machine trains in `folder` inside the block; raises UserError where one does."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"no run to resume in {folder}: it has no {path.name}")
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {folder}") from None
+        yield
 
 
 def remove(folder: Path, made: list[Path]) -> None:
@@ -205,14 +284,17 @@ def remove(folder: Path, made: list[Path]) -> None:
             path.rmdir()
 
 
-def make_trainer(settings: Settings, folder: Path, console: Console) -> Trainer:
+def make_trainer(settings: Settings, folder: Path, console: Console, world: World) -> Trainer:
     """Everything that can go wrong before training goes wrong here."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU here")
-    device = torch.device(settings.device)
+    pick_device(settings.device)  # a run may be resumed on another machine
+    if settings.nesterov and settings.optimizer == "sgd" and not settings.momentum:
+        raise UserError("Nesterov's momentum needs a momentum above 0")
+    device = world.device(settings.device)
     try:
         backend = backend_of(settings.conv, device)
-    except RuntimeError as error:
+        with torch.device("meta"):  # whether the model takes such images is known before any is read
+            models.build(settings.model, settings.conv, num_classes=2, image_size=settings.image_size)
+    except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
     try:
         train_data, val_data = load_data(
@@ -221,36 +303,36 @@ def make_trainer(settings: Settings, folder: Path, console: Console) -> Trainer:
             limit_train=settings.limit_train,
             limit_val=settings.limit_val,
             console=console,
+            cache=Path(settings.cache) if settings.cache else None,
         )
     except RuntimeError as error:
         if "allocate memory" not in str(error):
             raise
         raise MemoryError(f"for these images at {settings.image_size} px; take a smaller --image-size") from error
     require_classes(train_data)
+    batch = min(settings.batch_size, len(train_data))
+    if batch % world.size:
+        raise UserError(f"a batch of {batch} images does not split evenly over {world.size} processes")
     console.print(
         f"{settings.model} on {len(train_data):,} training and {len(val_data):,} validation images of "
         f"{len(train_data.classes)} classes at {settings.image_size} px; "
-        f"convolutions {describe_backend(backend, device_name(device))}; run folder {folder}",
+        f"convolutions {describe_backend(backend, device_name(device))}; "
+        f"{f'{world.size} processes; ' if world.size > 1 else ''}run folder {folder}",
         soft_wrap=True,
         highlight=False,
     )
-    return Trainer(settings, train_data, val_data, device, folder)
+    return Trainer(settings, train_data, val_data, device, folder, world)
 
 
-@contextlib.contextmanager
-def one_thread(backend: str) -> Iterator[None]:
-    """PyTorch on one thread while kernels are interpreted: a second one only takes the interpreter's core from it."""
-    threads = torch.get_num_threads()
-    if backend == "interpreter":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def train(trainer: Trainer, console: Console) -> None:
-    settings, folder = trainer.settings, trainer.folder
+def train(trainer: Trainer, console: Console, profile: int | None) -> None:
+    settings, folder, world = trainer.settings, trainer.folder, trainer.world
+    profiler = None
+    if profile is not None:
+        left = settings.epochs * trainer.steps_per_epoch - trainer.step
+        if profile + WARM_UP > left:
+            raise UserError(f"--profile {profile}: of this run's {left} steps the first {WARM_UP} are not profiled")
+        if world.is_main:
+            profiler = Profiler(profile, folder, console, trainer.device)
     display = Display(
         console,
         epochs=settings.epochs,
@@ -259,8 +341,14 @@ def train(trainer: Trainer, console: Console) -> None:
         batch_size=settings.batch_size,
     )
     try:
-        with stop_on_signal() as stop, display, one_thread(backend_of(settings.conv, trainer.device)):
-            trainer.fit(display, stop)
+        with (
+            stop_on_signal(patient=world.size > 1) as stop,
+            display,
+            one_thread(backend_of(settings.conv, trainer.device)),
+        ):
+            trainer.fit(display, stop, profiler)
+    except BackendCompilerFailed as error:
+        raise UserError(f"--compile: torch.compile cannot compile here: {error}") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"not enough GPU memory for {settings.batch_size} images of {settings.image_size} px a step; "
@@ -271,7 +359,13 @@ def train(trainer: Trainer, console: Console) -> None:
             f"stopped after step {trainer.step}, saved in {folder / 'last.pt'}; "
             f"go on with: python -m train.run {settings.model} --resume {shlex.quote(str(folder))}"
         ) from None
-    draw_curves(folder, f"{settings.model}, {settings.conv} convolution, {Path(settings.data).name}")
+    if not world.is_main:
+        return
+    draw_curves(
+        folder,
+        f"{settings.model}, {settings.conv} convolution, {settings.recipe} recipe, {Path(settings.data).name}",
+        label_smoothing=settings.label_smoothing,
+    )
     summary = summarise(
         settings,
         trainer.device,
@@ -280,6 +374,7 @@ def train(trainer: Trainer, console: Console) -> None:
         val_images=len(trainer.val),
         last=trainer.records.epochs[-1],
         best=trainer.best,
+        processes=world.size,
         images_per_s=trainer.timing["total_images"] / trainer.timing["total_seconds"],
     )
     write_json(folder / "summary.json", summary)

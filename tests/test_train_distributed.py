@@ -1,0 +1,135 @@
+"""`torchrun -m train.run`: several processes train as one, and end together."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMON = (
+    "--conv", "torch", "--device", "cpu", "--optimizer", "sgd", "--lr", "0.01", "--epochs", "2",
+    "--batch-size", "16", "--limit-train", "64", "--limit-val", "21",
+)  # 21 validation images do not split evenly
+
+
+def torchrun(folder: Path, *arguments: object, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
+    """Started in `folder`."""
+    launcher = (
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--max-restarts", restarts,
+        "-m", "train.run",
+    )
+    command = [sys.executable, *map(str, (*launcher, *arguments))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def our_lines(err: str) -> list[str]:
+    """What the lab itself said, without the launcher's own report."""
+    return [line for line in err.splitlines() if line.startswith("train.run: error:")]
+
+
+def workers_of(agent: subprocess.Popen) -> list[int]:
+    """The training processes that a torchrun has started, in the order of their ranks."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    found = {}
+    for child in map(int, children):
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
+        if ranks:
+            found[ranks[0]] = child
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.parametrize("model", ["simplenet", "customnet"])  # customnet: batch norms over the global batch
+def test_two_processes_train_as_one_with_the_same_global_batch(model, train_run, tmp_path):
+    process = torchrun(tmp_path, model, *COMMON, "--out", "two")
+    assert train_run(model, *COMMON, "--out", "one")[0] == 0
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert "2 processes" in out
+    assert out.count("epoch 2/2") == 1  # rank 0 alone speaks
+    one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("one", "two"))
+    assert one["model"].keys() == two["model"].keys()
+    for name, weights in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weights, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for a, b in zip(rows(tmp_path / "one/steps.csv"), rows(tmp_path / "two/steps.csv"), strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+    for a, b in zip(rows(tmp_path / "one/metrics.csv"), rows(tmp_path / "two/metrics.csv"), strict=True):
+        for column in ("train_top1", "train_top5", "val_top1", "val_top5"):
+            assert a[column] == b[column]
+        assert float(a["val_loss"]) == pytest.approx(float(b["val_loss"]), rel=1e-5)
+    assert json.loads((tmp_path / "two/summary.json").read_text())["processes"] == 2
+
+
+def test_a_batch_that_does_not_split_evenly_is_one_line(tmp_path):
+    code, _, err = finish(torchrun(tmp_path, "simplenet", *COMMON, "--batch-size", "15", "--out", "run"))
+    assert code != 0
+    assert our_lines(err) == ["train.run: error: a batch of 15 images does not split evenly over 2 processes"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistyped_flag_is_told_once(tmp_path):
+    code, _, err = finish(torchrun(tmp_path, "simplenet", "--batch-size", "none"))
+    assert code != 0
+    assert len(our_lines(err)) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_ends_all_with_one_message(rank, tmp_path):
+    process = torchrun(tmp_path, "simplenet", *COMMON, "--epochs", "400", "--out", "run")
+    kill_worker(process, rank, tmp_path / "run")
+    code, _, err = finish(process)
+    assert code != 0
+    (line,) = our_lines(err)
+    assert "another process of this run ended" in line
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert saved["step"] > 0
+
+
+def kill_worker(process: subprocess.Popen, rank: int, folder: Path) -> None:
+    """SIGKILL, after the first epoch."""
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.csv").exists() or len(rows(folder / "metrics.csv")) < 1:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(workers_of(process)[rank], signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("out", ["run", None])
+def test_torchruns_restart_goes_on_by_itself(rank, out, tmp_path):
+    arguments = ("simplenet", *COMMON, "--epochs", "12")
+    code, _, err = finish(torchrun(tmp_path, *arguments, "--out", "whole"))
+    assert code == 0, err
+    process = torchrun(tmp_path, *arguments, *(["--out", out] if out else []), restarts=1)
+    first_line = process.stdout.readline()
+    folder = tmp_path / re.search(r"run folder (\S+)", first_line)[1]
+    kill_worker(process, rank, folder)
+    code, text, err = finish(process)
+    assert code == 0, err
+    assert "going on after step" in text
+    whole, again = (torch.load(path / "last.pt", weights_only=True) for path in (tmp_path / "whole", folder))
+    for name, weights in whole["model"].items():
+        assert torch.equal(again["model"][name], weights), name

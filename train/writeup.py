@@ -1,0 +1,40 @@
+"""What the course write-up reports of its own runs, to stand beside ours: 100-class MiniPlaces, 128 px, a Tesla T4."""
+
+from dataclasses import dataclass
+
+CLASSES, IMAGE_SIZE = 100, 128
+MEMORY_KIND = "the write-up's reading of nvidia-smi on its Tesla T4, whole process, average"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """One row of its table of models."""
+
+    conv: str
+    """Its convolution, by our name for it."""
+    top1: float
+    """Validation top-1 after the last epoch, percent."""
+    top5: float
+    """The same within five guesses."""
+    epochs: int
+    mib: int
+    """MEMORY_KIND."""
+
+
+SIMPLENET = Figures(conv="torch", top1=44.88, top5=73.63, epochs=60, mib=3113)
+SIMPLENET_UNFOLD = Figures(conv="unfold", top1=44.90, top5=73.33, epochs=60, mib=4881)
+SIMPLEVIT = Figures(conv="torch", top1=43.92, top5=73.60, epochs=90, mib=2117)
+CUSTOMNET = Figures(conv="torch", top1=49.69, top5=78.70, epochs=60, mib=4277)
+RESNET18_FINE_TUNED = Figures(conv="torch", top1=53.25, top5=80.23, epochs=60, mib=3192)
+
+
+def figures_for(model: str, conv: str, *, fine_tuned: bool) -> Figures | None:
+    """Its row for this model and, where it has one, this convolution; otherwise the one with PyTorch's own.
+
+    Its ResNet18 is fine-tuned from ImageNet's weights, so one trained from scratch has no row.
+    """
+    if (model, conv) == ("simplenet", "unfold"):
+        return SIMPLENET_UNFOLD
+    if model == "resnet18":
+        return RESNET18_FINE_TUNED if fine_tuned else None
+    return {"simplenet": SIMPLENET, "simplevit": SIMPLEVIT, "customnet": CUSTOMNET}.get(model)
