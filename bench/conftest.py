@@ -25,6 +25,7 @@ from train.report import backend_of, device_name
 BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.5, 5, 200
 
 ROWS = pytest.StashKey[list[Row]]()
+FEEDING = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[FEEDING] = {}
     if device_of(config).type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--bench-device cuda: PyTorch sees no GPU here")
     # pytest-benchmark's own tables in 80 columns, unless other columns or names were asked for.
@@ -106,6 +108,12 @@ def before_each(device: torch.device) -> Callable[[], None] | None:
 
 
 @pytest.fixture
+def feeding(request: pytest.FixtureRequest) -> dict[str, float]:
+    """What bench/test_feeding.py found: images/s by path, and the share of a step that waits for data in percent."""
+    return request.config.stash[FEEDING]
+
+
+@pytest.fixture
 def timed(benchmark, request, device, size, where, before_each) -> Callable[..., None]:
     """timed(call, conv=..., layer=..., error=...) times `call` and keeps the row with its conditions."""
 
@@ -164,6 +172,7 @@ def synchronise(device: torch.device) -> None:
 
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables: what is read first is what stands last
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    tell_feeding(terminalreporter, config.stash[FEEDING])
     rows = config.stash[ROWS]
     if not rows:
         return
@@ -182,3 +191,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         console.print("triton: interpreted on a CPU: says nothing about a GPU", style="bold")
     terminalreporter.write_sep("=", "ratios of the same run")
     terminalreporter.write(text.getvalue())
+
+
+def tell_feeding(terminalreporter: pytest.TerminalReporter, feeding: dict[str, float]) -> None:
+    """Images/s and their ratio, where the rows of bench/test_feeding.py ran."""
+    if not feeding:
+        return
+    terminalreporter.write_sep("=", "feeding, one CPU thread, the write-up's augmentation at 128 px")
+    for name in ("cached", "per_image", "per_image_decoded"):
+        if name in feeding:
+            ratio = f"   cached / this: {feeding['cached'] / feeding[name]:.2f}" if "cached" in feeding else ""
+            terminalreporter.write_line(f"{name:18} {feeding[name]:8,.0f} images/s{ratio}")
+    if "data_wait_pct" in feeding:
+        share = feeding["data_wait_pct"]
+        terminalreporter.write_line(f"wait for data: {share:.1f}% of SimpleNet's training steps (native, batch 64)")

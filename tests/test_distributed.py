@@ -6,7 +6,9 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import models
 from kernels import Conv2d
+from train.distributed import World
 
 
 def build() -> nn.Sequential:
@@ -43,3 +45,39 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
         optimizer.step()
     for name, weights in torch.load(tmp_path / "weights.pt", weights_only=True).items():
         torch.testing.assert_close(weights, model.state_dict()[name])
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(8, 3, 32, 32, generator=random, dtype=torch.float64), torch.randint(10, (8,), generator=random)
+
+
+def custom_net() -> nn.Module:
+    torch.manual_seed(0)
+    return models.build("customnet", "torch", num_classes=10, image_size=32).double()
+
+
+def normed_step(rank: int, folder: str) -> None:
+    """The gradients and batch norm statistics of one of two processes, on its half of the batch."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    world, cpu = World(rank, 2, rank), torch.device("cpu")
+    model = world.sync_norms(custom_net(), cpu)
+    wrapped = world.wrap(model, cpu)
+    x, y = images()
+    nn.functional.cross_entropy(wrapped(x[rank::2]), y[rank::2]).backward()
+    if rank == 1:
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.save((gradients, model.state_dict()), f"{folder}/step.pt")
+    dist.destroy_process_group()
+
+
+def test_batch_norms_see_the_batches_of_all_processes(tmp_path):
+    mp.spawn(normed_step, args=(str(tmp_path),), nprocs=2)
+    gradients, state = torch.load(tmp_path / "step.pt", weights_only=True)
+    model = custom_net()
+    x, y = images()
+    nn.functional.cross_entropy(model(x), y).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: n + m)
+    for name, value in model.state_dict().items():  # running means and variances among them
+        torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: n + m)

@@ -322,7 +322,7 @@ def test_a_validation_loss_that_is_no_number_is_no_success(tiny_run, train_run, 
 
 
 def test_runs_begun_in_the_same_second_have_folders_of_their_own(tiny_run, train_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.run.time.strftime", lambda _format: "now")
+    monkeypatch.setattr("train.run.time.strftime", lambda *_: "now")
     for seed in (0, 1):
         assert train_run(*tiny_run, "--epochs", 1, "--seed", seed)[0] == 0
     summaries = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/summary.json")}

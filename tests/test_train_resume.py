@@ -57,8 +57,8 @@ def stopping_after(steps: int, in_validation: bool = False):
         def __bool__(self):
             return self.trainer.step == steps
 
-    def with_request(trainer, display, _stop):
-        return original(trainer, display, Request(trainer))
+    def with_request(trainer, display, _stop, *others):
+        return original(trainer, display, Request(trainer), *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.loop.Trainer, name, with_request)
@@ -338,7 +338,7 @@ def truncate_config(folder):
 
 def rename_setting(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"colour": "red"}))
+    (folder / "config.json").write_text(json.dumps(config | {"flavour": "sweet"}))
 
 
 def remove_everything(folder):

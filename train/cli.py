@@ -38,22 +38,30 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
     for signum in usual:
         signal.signal(signum, signal.default_int_handler)  # SIGTERM is as polite a request as Ctrl-C
     try:
-        main(arguments)
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except MemoryError as error:
-        message = f"not enough memory {error}"
-    except KeyboardInterrupt:
-        message = "interrupted"
-    else:
-        return
+        message = message_of(main, arguments)
+        if message is not None:
+            sys.stderr.write(error_line(parser.prog, message))
+            sys.stderr.flush()  # before signals may end the process again
     finally:
         for signum, handler in usual.items():
             signal.signal(signum, handler)
-    sys.stderr.write(error_line(parser.prog, message))
-    sys.exit(2)
+    if message is not None:
+        sys.exit(2)
+
+
+def message_of(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> str | None:
+    """Calls `main`; what its user is told where that failed by something they can cause, else None."""
+    try:
+        main(arguments)
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except MemoryError as error:
+        return f"not enough memory {error}"
+    except KeyboardInterrupt:
+        return "interrupted"
+    return None
 
 
 def number(

@@ -7,6 +7,7 @@ see the whole batch, sums are added up over the processes, and rank 0 alone writ
 import contextlib
 import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -127,13 +128,13 @@ def connect() -> Iterator[World]:
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        tell_once(world)
+        tell_once()
         raise UserError(
             "another process of this run ended or cannot be reached; "
             "go on with the same command and --resume DIR, from the run folder's last.pt"
         ) from error
     except UserError:
-        tell_once(world)
+        tell_once()
         raise
     finally:
         dist.destroy_process_group()
@@ -146,8 +147,9 @@ def is_lost_peer(error: RuntimeError) -> bool:
     )
 
 
-def tell_once(world: World) -> None:
+def tell_once() -> None:
     """Ends this process in silence where another one has told of the failure already."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, who has seen the other process end and would cut us off
     try:
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)

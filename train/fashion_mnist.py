@@ -21,8 +21,8 @@ from torchvision.datasets import FashionMNIST
 from train.cache import keeping, one_at_a_time
 from train.cli import UserError
 from train.fashion_mini import CLASSES
-from train.fashion_mini.make import DEBIAN_SOURCE
 
+DEBIAN_SOURCE = Path("/usr/share/datasets/fashion-mnist")
 # The names of fashion_mini's arrays -> the files, which may also end with .gz.
 FILES = {
     "train_images": "train-images-idx3-ubyte",

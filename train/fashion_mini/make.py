@@ -7,23 +7,13 @@ The default source is where Debian's package `dataset-fashion-mnist` puts them. 
 """
 
 import argparse
-import gzip
 from pathlib import Path
 
 import numpy as np
 
-DEBIAN_SOURCE = Path("/usr/share/datasets/fashion-mnist")
+from train.fashion_mnist import DEBIAN_SOURCE, load_arrays
+
 TRAIN_PER_CLASS, VAL_PER_CLASS = 300, 100
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array in a gzipped IDX file: two zero bytes, type 8, number of axes, big-endian sizes, data."""
-    raw = gzip.decompress(path.read_bytes())
-    if raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes")
-    axes = raw[3]
-    sizes = np.frombuffer(raw, ">i4", count=axes, offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(sizes)
 
 
 def first_of_each_class(images: np.ndarray, labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -34,10 +24,9 @@ def first_of_each_class(images: np.ndarray, labels: np.ndarray, count: int) -> t
 
 def make_arrays(source: Path) -> dict[str, np.ndarray]:
     """The four arrays of fashion-mini.npz."""
-    arrays = {}
-    for part, stem, count in (("train", "train", TRAIN_PER_CLASS), ("val", "t10k", VAL_PER_CLASS)):
-        images = read_idx(source / f"{stem}-images-idx3-ubyte.gz")
-        labels = read_idx(source / f"{stem}-labels-idx1-ubyte.gz")
+    arrays, whole = {}, load_arrays(source)
+    for part, count in (("train", TRAIN_PER_CLASS), ("val", VAL_PER_CLASS)):
+        images, labels = whole[f"{part}_images"], whole[f"{part}_labels"]
         arrays[f"{part}_images"], arrays[f"{part}_labels"] = first_of_each_class(images, labels, count)
     return arrays
 

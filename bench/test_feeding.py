@@ -1,0 +1,174 @@
+"""Feeding: images/s of the cached, batched path beside a pipeline that works image by image, and the wait for data.
+
+Both make the write-up's training batches of 128 px, on the CPU with one thread: `cached` as train.run does, from
+decoded images; `per_image` as the workers of a DataLoader do, from JPEG files; `per_image_decoded` the same without
+the decoding. GPUs augment on the device, where none of these figures says anything.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torchvision.transforms import v2
+
+import models
+from bench.rows import relative_error
+from train.batches import Feeder, val_batches
+from train.data import IMAGENET_MEAN, IMAGENET_STD, load_data, stored_size
+from train.loop import augmentation
+from train.recipes import RECIPES
+
+IMAGES, PIXELS, BATCH = 256, 128, 64
+SETTINGS = RECIPES["writeup"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of JPEGs of 128 x 128 pixels, two classes; smoothed noise, about as large as MiniPlaces' files."""
+    root = tmp_path_factory.mktemp("photos")
+    noise = np.random.default_rng(0)
+    for i in range(IMAGES + IMAGES // 4):
+        small = noise.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        image = Image.fromarray(small).resize((128, 128), Image.Resampling.BICUBIC)
+        folder = root / ("train" if i < IMAGES else "val") / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i:04}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(photos, tmp_path_factory):
+    """(train, val), decoded once."""
+    return load_data(
+        str(photos), PIXELS, limit_train=None, limit_val=None, console=Console(quiet=True),
+        cache=tmp_path_factory.mktemp("cache"),
+    )
+
+
+def feeder(train) -> Feeder:
+    return Feeder(
+        train, batch_size=BATCH, image_size=PIXELS, device=CPU, memory_format=torch.channels_last,
+        augmentation=augmentation(SETTINGS), seed=0,
+    )
+
+
+class Inscribed(v2.Transform):
+    """Rotation by a random angle, then the square inscribed in the rotated image."""
+
+    def make_params(self, flat_inputs):
+        return {"angle": float(torch.empty(()).uniform_(-SETTINGS.rotate, SETTINGS.rotate))}
+
+    def transform(self, image, params):
+        angle = math.radians(params["angle"])
+        side = int(image.width / (abs(math.cos(angle)) + abs(math.sin(angle))))
+        rotated = v2.functional.rotate(image, params["angle"], v2.InterpolationMode.BILINEAR)
+        return v2.functional.center_crop(rotated, [side, side])
+
+
+class ScaleChannels(v2.Transform):
+    """Each channel times a factor of its own."""
+
+    def transform(self, image, params):
+        factors = 1 + SETTINGS.colour * (2 * torch.rand(3) - 1)
+        tables = [min(255, round(value * factor)) for factor in factors.tolist() for value in range(256)]
+        return image.point(tables)
+
+
+PER_IMAGE = v2.Compose([
+    v2.Resize(stored_size(PIXELS)),
+    v2.RandomHorizontalFlip(),
+    ScaleChannels(),
+    Inscribed(),
+    v2.RandomResizedCrop(
+        PIXELS, (SETTINGS.crop_area, 1), (1 - SETTINGS.crop_ratio, 1 + SETTINGS.crop_ratio), antialias=True
+    ),
+    v2.ToImage(),
+    v2.ToDtype(torch.float32, scale=True),
+    v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+])
+
+
+@pytest.fixture
+def fed(benchmark, device, where, feeding):
+    """fed(name, call) times the making of an epoch's batches."""
+
+    def run(name, call):
+        if device != CPU:
+            pytest.skip("compares one CPU core with one CPU core; run it with --bench-device cpu")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            benchmark.group = "feeding"
+            benchmark.extra_info.update(
+                where, torch_threads=1, images=IMAGES, batch_size=BATCH, image_size=PIXELS, dtype="float32", n=5
+            )
+            benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+        finally:
+            torch.set_num_threads(threads)
+        if benchmark.enabled:
+            feeding[name] = IMAGES / benchmark.stats.stats.median
+
+    return run
+
+
+def test_cached(fed, data):
+    fed("cached", lambda: sum(len(y) for _, y in feeder(data[0]).epoch(0)))
+
+
+def test_per_image(fed, photos):
+    paths = sorted(photos.glob("train/*/*.jpg"))
+
+    def epoch():
+        for start in range(0, IMAGES, BATCH):
+            torch.stack([PER_IMAGE(Image.open(path).convert("RGB")) for path in paths[start : start + BATCH]])
+
+    fed("per_image", epoch)
+
+
+def test_per_image_decoded(fed, photos):
+    images = [Image.open(path).convert("RGB") for path in sorted(photos.glob("train/*/*.jpg"))]
+
+    def epoch():
+        for start in range(0, IMAGES, BATCH):
+            torch.stack([PER_IMAGE(image) for image in images[start : start + BATCH]])
+
+    fed("per_image_decoded", epoch)
+
+
+def test_both_feed_the_same_picture(data, photos):
+    """Without augmentation both give the same pixels, to rounding: what is compared does the same work."""
+    plain = v2.Compose([
+        v2.Resize(stored_size(PIXELS)), v2.CenterCrop(PIXELS), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ])
+    paths = sorted(photos.glob("val/*/*.jpg"))[:8]
+    theirs = torch.stack([plain(Image.open(path).convert("RGB")) for path in paths])
+    ours, _ = next(val_batches(
+        data[1], batch_size=8, image_size=PIXELS, device=CPU, memory_format=torch.contiguous_format
+    ))
+    assert relative_error(ours, theirs.double()) < 0.01
+
+
+def test_training_step(fed, data, feeding, benchmark):
+    """An epoch of SimpleNet's training steps; the share of it spent on getting batches is told below the tables."""
+    model = models.build("simplenet", "torch", 2, PIXELS).to(memory_format=torch.channels_last)
+    source, waits = feeder(data[0]), []
+
+    def epoch():
+        waited, started = 0.0, time.perf_counter()
+        batches, before = source.epoch(0), started
+        for x, y in batches:
+            waited += time.perf_counter() - before
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            before = time.perf_counter()
+        waits.append(100 * waited / (time.perf_counter() - started))
+
+    fed("steps", epoch)
+    if benchmark.enabled:
+        feeding["data_wait_pct"] = sorted(waits)[len(waits) // 2]
