@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -232,6 +233,25 @@ def test_an_epochs_speed_counts_that_epoch_only(make_trainer, monkeypatch):
     speeds = [float(row["images_per_s"]) for row in rows(trainer.folder / "metrics.csv")]
     assert speeds == pytest.approx([4 / 2, 4 / 20])
     assert trainer.timing["total_images"] == 24
+
+
+def test_profiling_counts_the_operators_of_training_steps_alone(train_run, tiny_run, tmp_path):
+    """Four steps an epoch: after two to warm up, six are profiled, and a validation in between is not."""
+    code, out, err = train_run(*tiny_run, "--profile", 6, "--out", "run")
+    assert (code, err) == (0, "")
+    assert "6 training steps by operator" in out
+    trace = json.loads((tmp_path / "run/trace.json").read_text())
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert names.count("aten::conv2d") == 6 * 7
+    assert names.count("aten::cross_entropy_loss") == 6
+    table = (tmp_path / "run/profile.txt").read_text()
+    assert "aten::convolution_backward" in table
+
+
+def test_a_profile_of_more_steps_than_there_are_is_refused(train_run, tiny_run, tmp_path):
+    code, _, err = train_run(*tiny_run, "--profile", 11, "--out", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--profile 11: of this run's 12 steps the first 2 are not profiled" in err
 
 
 @pytest.mark.parametrize(("backend", "inside"), [("interpreter", 1), ("native", 2)])

@@ -86,7 +86,8 @@ class Trainer:
         """Trains to the last epoch. Raises Stopped, or UserError when the loss is no longer a number."""
         for _ in range(self.epoch, self.settings.epochs):
             self.train_epoch(display, stop, profiler)
-            row = self.train_row() | self.validate(display, stop)
+            with profiler.paused() if profiler else contextlib.nullcontext():
+                row = self.train_row() | self.validate(display, stop)
             if not math.isfinite(row["val_loss"]):
                 self.fail("validation loss", row["val_loss"], row["lr"], step=self.step)
             self.epoch, self.batch = self.epoch + 1, 0

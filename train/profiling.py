@@ -1,5 +1,8 @@
 """--profile N: where the time of N training steps goes, as a table of operators and as a trace."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,8 +24,9 @@ class Profiler:
         self.steps, self.folder, self.console = steps, folder, console
         self.made = 0
         self.sort_by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-        self._profile = profile(activities=activities, acc_events=True)
+        self._activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of its probes, and of GPUs that are not there
+        self._profile = profile(activities=self._activities)
 
     def step(self) -> None:
         """After each training step."""
@@ -32,6 +36,18 @@ class Profiler:
         elif self.made == WARM_UP + self.steps:
             self._profile.stop()
             self._write()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside the block, a validation between two training steps, is not profiled."""
+        running = WARM_UP <= self.made < WARM_UP + self.steps
+        if running:
+            self._profile.toggle_collection_dynamic(False, self._activities)
+        try:
+            yield
+        finally:
+            if running:
+                self._profile.toggle_collection_dynamic(True, self._activities)
 
     def _write(self) -> None:
         averages = self._profile.key_averages()
