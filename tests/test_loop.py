@@ -141,7 +141,7 @@ def test_an_overflow_of_the_scaled_loss_skips_the_step_and_lowers_the_scale(make
 def test_compiled_training_is_close_to_eager_training(model, make_trainer):
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile needs a C++ compiler for the CPU")
-    changes = {"model": model, "weights": "none", "optimizer": "sgd", "lr": 0.01, "clip": None, "init": "pytorch"}
+    changes = {"model": model, "weights": "none", "optimizer": "sgd", "lr": 1e-4, "clip": None, "init": "pytorch"}
     losses = []
     for compiled in (False, True):
         trainer = make_trainer("modern", compile=compiled, **changes)

@@ -71,7 +71,7 @@ class World:
             return model
         ids = [device] if device.type == "cuda" else None
         # Buffers are equal on all processes already, since the batch norms' statistics are.
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False)
 
     def sync_norms(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The model with batch norms over the global batch, so that N processes train as one would."""
