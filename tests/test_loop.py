@@ -148,8 +148,10 @@ def test_compiled_training_is_close_to_eager_training(model, make_trainer):
         fit(trainer)
         losses.append([float(row["loss"]) for row in rows(trainer.folder / "steps.csv")])
         assert not any(name.startswith("_orig_mod") for name in trainer.model.state_dict())
-    # The transformer's stochastic depth draws its rows in another order when compiled.
-    assert losses[1] == pytest.approx(losses[0], rel=0.1 if model == "simplevit" else 1e-3)
+    # The first loss differs by rounding; batch norms over four images amplify it from step to step, and the
+    # transformer's stochastic depth draws its rows in another order when compiled.
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.1 if model == "simplevit" else 1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3 if model == "simplenet" else 0.1)
 
 
 def test_a_compiler_that_is_missing_is_one_line(train_run, tiny_run, monkeypatch):
