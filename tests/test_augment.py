@@ -7,11 +7,24 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from train.augment import Augmentation, augment, centre_crop, crop_sizes, draw, matrices, normalise
+from train.augment import (
+    CHUNK,
+    Augmentation,
+    Draws,
+    augment,
+    augment_and_normalise,
+    centre_crop,
+    crop_sizes,
+    draw,
+    matrices,
+    normalise,
+    sampling_grid,
+)
 
 OFF = Augmentation(flip=False, colour=0.0, rotate=0.0, crop_area=None, crop_ratio=0.0)
 WRITEUP = Augmentation(flip=True, colour=0.15, rotate=15.0, crop_area=0.25, crop_ratio=0.2)
 SIDE, SIZE = 144, 128
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
 
 
 def generator(seed=0):
@@ -20,6 +33,13 @@ def generator(seed=0):
 
 def draws_of(augmentation, count=64, seed=0):
     return draw(count, augmentation, generator(seed), centre_share=SIZE / SIDE)
+
+
+def one_draw(*, flip=False, angle=0.0, size=(1.0, 1.0), centre=(0.0, 0.0)):
+    return Draws(
+        flip=torch.tensor([flip]), colour=torch.ones(1, 3), angle=torch.tensor([angle]),
+        size=torch.tensor([size]), centre=torch.tensor([centre]),
+    )
 
 
 def step_by_step(point, draws, n):
@@ -65,6 +85,59 @@ def test_a_batch_samples_each_image_where_its_steps_say():
             expected = [((value + 1) * SIDE - 1) / 2 for value in (x, y)]
             assert result[n, :2, row, column].tolist() == pytest.approx(expected, abs=1e-2)
             assert result[n, 2, row, column].item() == pytest.approx(255 - expected[0], abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("draws", "expected"),
+    [
+        pytest.param(one_draw(), lambda image: image, id="nothing"),
+        pytest.param(one_draw(flip=True), lambda image: image.flip(2), id="flip"),
+        # As torchvision's rotate: counter-clockwise, and the flip comes first.
+        pytest.param(one_draw(angle=math.pi / 2), lambda image: image.rot90(1, (1, 2)), id="quarter-turn"),
+        pytest.param(one_draw(angle=-math.pi / 2), lambda image: image.rot90(-1, (1, 2)), id="quarter-turn-back"),
+        pytest.param(one_draw(angle=math.pi), lambda image: image.flip(1, 2), id="half-turn"),
+        pytest.param(
+            one_draw(flip=True, angle=math.pi / 2), lambda image: image.flip(2).rot90(1, (1, 2)), id="flip-and-turn"
+        ),
+        # Every pixel doubled: a quarter and three quarters of the way between two of the source.
+        pytest.param(
+            one_draw(size=(0.5, 0.5), centre=(0.5, -0.5)),
+            lambda image: torch.nn.functional.interpolate(image[None], scale_factor=2, mode="bilinear")[0, :, :16, 16:],
+            id="top-right-quarter",
+        ),
+    ],
+)
+def test_steps_that_can_be_written_without_resampling(draws, expected):
+    image = torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=generator())
+    result = augment(image[None], draws, WRITEUP, 16)[0]
+    inside = slice(1, -1)  # a crop's rim is drawn from the pixels beside it, where interpolate's is the image's end
+    torch.testing.assert_close(
+        result[:, inside, inside], expected(image.float())[:, inside, inside], rtol=0, atol=1e-2
+    )
+
+
+def test_the_grid_is_affine_grids():
+    theta = matrices(draws_of(WRITEUP, 5))
+    expected = torch.nn.functional.affine_grid(theta, (5, 1, SIZE, SIZE), align_corners=False)
+    torch.testing.assert_close(sampling_grid(theta, SIZE), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("augmentation", [OFF, dataclasses.replace(OFF, flip=True), WRITEUP])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_does_not_depend_on_its_batch(augmentation, channels):
+    """To the bit: processes that share a batch must see what one sees."""
+    count = 2 * CHUNK + 3
+    images = torch.randint(256, (count, channels, 36, 36), dtype=torch.uint8, generator=generator())
+    draws = draw(count, augmentation, generator(), centre_share=32 / 36)
+
+    def run(chosen):
+        out = torch.full((len(images[chosen]), 3, 32, 32), math.nan)
+        return augment_and_normalise(images[chosen], draws[chosen], augmentation, MEAN, STD, out=out)
+
+    together = run(slice(None))
+    assert together.isfinite().all()
+    for n in range(count):
+        assert torch.equal(run(slice(n, n + 1))[0], together[n])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -155,21 +228,22 @@ def test_without_resampling_pixels_are_copied(flip):
 
 def test_colour_and_normalisation_are_one_multiply_add():
     x = torch.randint(256, (4, 3, 5, 5), dtype=torch.uint8, generator=generator())
-    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
     colour = draws_of(WRITEUP, 4).colour
     for factors in (None, colour):
-        result = normalise(x, mean, std, factors)
+        result = normalise(x, MEAN, STD, factors, out=torch.empty(4, 3, 5, 5))
         for n in range(4):
             for c in range(3):
                 factor = 1 if factors is None else factors[n, c]
-                expected = (x[n, c] / 255 * factor - mean[c]) / std[c]
+                expected = (x[n, c] / 255 * factor - MEAN[c]) / STD[c]
                 torch.testing.assert_close(result[n, c], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_grey_images_become_three_channels():
     x = torch.randint(256, (2, 1, 5, 5), dtype=torch.uint8, generator=generator())
-    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
-    assert torch.equal(normalise(x, mean, std), normalise(x.expand(-1, 3, -1, -1), mean, std))
+    grey, repeated = (
+        normalise(images, MEAN, STD, out=torch.empty(2, 3, 5, 5)) for images in (x, x.expand(-1, 3, -1, -1))
+    )
+    assert torch.equal(grey, repeated)
 
 
 def test_the_centre_is_the_centre():

@@ -1,18 +1,35 @@
 """Batches: their order, what decides them, and how processes share them."""
 
+import gc
+import mmap
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from train import batches
 from train.augment import Augmentation
-from train.batches import AUGMENTATION, LAYERS, Feeder, ahead, epoch_order, generator, steps_per_epoch, val_batches
+from train.batches import (
+    AUGMENTATION,
+    LAYERS,
+    Feeder,
+    ahead,
+    epoch_order,
+    gather_rows,
+    generator,
+    steps_per_epoch,
+    val_batches,
+)
 from train.data import Dataset
 
 PLAIN = Augmentation(flip=False, colour=0.0, rotate=0.0, crop_area=None, crop_ratio=0.0)
 WRITEUP = Augmentation(flip=True, colour=0.15, rotate=15.0, crop_area=0.25, crop_ratio=0.2)
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def dataset(count=23, channels=3):
@@ -114,6 +131,22 @@ def test_batches_are_in_the_layout_asked_for_and_leave_the_images_alone(augmenta
     assert torch.equal(data.images, before)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+def test_rows_are_gathered_out_of_a_file_mapped_read_only(tmp_path):
+    expected = dataset().images
+    (tmp_path / "images").write_bytes(expected.numpy().tobytes())
+    with open(tmp_path / "images", "rb") as file:
+        mapped = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
+    mapped = mapped.view(expected.shape)
+    data = Dataset(images=mapped, labels=torch.arange(23), classes=("a",), name="", fingerprint="")
+    chosen = torch.tensor([22, 0, 7, 7])
+    images, labels = gather_rows(data, chosen, pin=False)
+    assert torch.equal(images, expected[chosen])
+    assert torch.equal(labels, chosen)
+    images.zero_()
+    assert torch.equal(mapped, expected)
+
+
 def test_neighbouring_seeds_have_unrelated_streams():
     draws = [torch.rand(100, generator=generator(0, 0, batch)) for batch in range(20)]
     assert torch.corrcoef(torch.stack(draws)).fill_diagonal_(0).abs().max() < 0.5
@@ -148,6 +181,51 @@ def test_closing_the_batches_ends_the_thread():
     assert gatherers()
     fed.close()
     assert not gatherers()
+
+
+def test_batches_that_nobody_holds_any_more_end_the_thread():
+    fed = feeder().epoch(0)
+    next(fed)
+    assert gatherers()
+    del fed
+    gc.collect()
+    assert not gatherers()
+
+
+UNFINISHED = """
+import sys, time
+from train.batches import ahead
+
+def gather(n):
+    time.sleep(0.2 * (n > 0))
+    return n
+
+batches = ahead(gather, range(1000))
+next(batches)
+print("fed", flush=True)
+if sys.argv[1] == "wait":
+    for _ in batches:
+        pass
+"""
+
+
+def test_a_program_ends_with_batches_left():
+    done = subprocess.run([sys.executable, "-c", UNFINISHED, "end"], cwd=ROOT, timeout=120, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"fed\n", b"")
+
+
+def test_ctrl_c_ends_a_program_that_waits_for_a_batch():
+    running = subprocess.Popen(
+        [sys.executable, "-c", UNFINISHED, "wait"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert running.stdout.readline() == b"fed\n"
+        running.send_signal(signal.SIGINT)
+        _, error = running.communicate(timeout=60)  # 200 s if it fed all that is left
+        assert error.endswith(b"KeyboardInterrupt\n")
+    finally:
+        running.kill()
+        running.wait()
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_where_the_batch_is_wanted(monkeypatch):

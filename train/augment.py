@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CANDIDATES = 10  # crops drawn an image; the first that fits is taken, as in torchvision's RandomResizedCrop
+# Images augmented at a time on a CPU, whose cache then still holds what one pass leaves to the next; by fewer, threads
+# wait for each other more often.
+CHUNK = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +59,9 @@ class Draws:
     centre: Tensor
     """(B, 2), x and y of the crop's centre in that square, -1 ... 1."""
 
-    def share(self, rank: int, world_size: int) -> "Draws":
-        """The part for every world_size-th image from `rank` on."""
-        return self._each(lambda values: values[rank::world_size])
+    def __getitem__(self, chosen: slice) -> "Draws":
+        """Those of some of the images."""
+        return self._each(lambda values: values[chosen])
 
     def to(self, device: torch.device) -> "Draws":
         return self._each(lambda values: values.to(device, non_blocking=True))
@@ -114,26 +117,52 @@ def matrices(draws: Draws) -> Tensor:
     return torch.stack([mirror[:, None] * row_x, row_y], dim=1)
 
 
+def sampling_grid(theta: Tensor, side: int) -> Tensor:
+    """(B, 2, 3) -> (B, side, side, 2): the source's x and y for each pixel of the result.
+
+    torch.nn.functional.affine_grid's values by broadcasting: a fraction of its time on a CPU, the same for an image
+    whatever its batch, and free of the matrix product that TF32, where it is switched on, would round.
+    """
+    centres = (2 * torch.arange(side, device=theta.device) + 1) / side - 1
+    row = theta[:, None, :, 0] * centres[:, None] + theta[:, None, :, 2]  # (B, side, 2)
+    slope = theta[:, None, :, 1].expand_as(row)
+    # x and y of a row as one axis of 2 * side: broadcasting over columns instead has inner loops of two elements.
+    grid = slope.flatten(1)[:, None] * centres[:, None]  # (B, side, 2 * side)
+    grid += row.flatten(1)[:, None]
+    return grid.view(-1, side, side, 2)
+
+
+def augment_and_normalise(
+    images: Tensor, draws: Draws, augmentation: Augmentation, mean: Tensor, std: Tensor, *, out: Tensor
+) -> Tensor:
+    """(B, C, S, S) uint8 -> `out`, (B, 3, image_size, image_size) float32 in any memory format."""
+    step = CHUNK if images.device.type == "cpu" else len(images)
+    for start in range(0, len(images), step):
+        some = slice(start, start + step)
+        pixels = augment(images[some], draws[some], augmentation, out.shape[-1])
+        normalise(pixels, mean, std, draws.colour[some], out=out[some])
+    return out
+
+
 def augment(images: Tensor, draws: Draws, augmentation: Augmentation, image_size: int) -> Tensor:
     """(B, C, S, S) uint8 -> (B, C, image_size, image_size) float32, pixels 0..255, channels not scaled yet."""
     if not augmentation.resamples:
         x = centre_crop(images, image_size).to(torch.float32)
         return torch.where(draws.flip[:, None, None, None], x.flip(3), x) if augmentation.flip else x
-    shape = (len(images), images.shape[1], image_size, image_size)
-    grid = F.affine_grid(matrices(draws), shape, align_corners=False)
+    grid = sampling_grid(matrices(draws), image_size)
     # Bilinear without antialiasing: the stored side is 1.125 times the result's, too little to alias visibly.
     return F.grid_sample(images.to(torch.float32), grid, align_corners=False, padding_mode="border")
 
 
-def normalise(x: Tensor, mean: Tensor, std: Tensor, colour: Tensor | None = None) -> Tensor:
-    """(x * colour - mean) / std in one pass; x (B, C, H, W) pixels 0..255, C 1 or 3 -> (B, 3, H, W).
+def normalise(x: Tensor, mean: Tensor, std: Tensor, colour: Tensor | None = None, *, out: Tensor) -> Tensor:
+    """(x * colour - mean) / std in one pass; x (B, C, H, W) pixels 0..255, C 1 or 3 -> `out`, (B, 3, H, W).
 
     mean, std   (3,), of pixels 0..1
     colour      (B, 3) factors, or None
     """
     scale = (1 if colour is None else colour) / (255 * std)  # (3,) or (B, 3)
     scale = scale.view(-1, 3, 1, 1)
-    return torch.addcmul((-mean / std).view(1, 3, 1, 1), x.to(torch.float32), scale)
+    return torch.addcmul((-mean / std).view(1, 3, 1, 1), x.to(torch.float32), scale, out=out)
 
 
 def centre_crop(images: Tensor, side: int) -> Tensor:
