@@ -8,8 +8,6 @@ if __name__ == "__main__":  # before the seconds that importing torch takes
 import argparse
 import contextlib
 import multiprocessing
-import shutil
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +21,13 @@ import models
 from bench.conditions import conditions
 from bench.measure.nvml import GpuMemory, NvmlUnavailable, gpu_memory
 from bench.measure.tracker import CATEGORIES, INPUT, WORKSPACE, Tracker
+from train import writeup
 from train.cli import Parser, UserError, number, run_command
 from train.files import write_json
 
 MIB = 2**20
 NUM_CLASSES = 100
 LABEL = "predicted (accounted on meta tensors; no allocator slack, no CUDA context)"
-
-# (model, convolution) -> MiB that nvidia-smi showed the write-up on its Tesla T4, at this batch and image size.
-WRITEUP_MIB = {("simplenet", "torch"): 3113, ("simplenet", "unfold"): 4881}
-WRITEUP_BATCH, WRITEUP_IMAGE = 256, 128
 
 # convolution -> why its peak and the ratio made of it are lower bounds.
 LOWER_BOUNDS = {
@@ -132,21 +127,25 @@ def find_gpu() -> GpuMemory:
     return gpu_memory(str(torch.cuda.get_device_properties(0).uuid))
 
 
+def writeup_mib(model: str, conv: str) -> int | None:
+    """What nvidia-smi showed the write-up for this model with this convolution, on its Tesla T4."""
+    theirs = writeup.figures_for(model, conv, fine_tuned=True)  # a fine-tuned network takes what a new one does
+    return theirs.mib if theirs and theirs.conv == conv else None
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m bench.memory",
         usage="python -m bench.memory MODEL [options]",
-        description=textwrap.fill(DESCRIPTION, max(40, shutil.get_terminal_size().columns - 2)),
+        description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     convolutions = list(models.CONVOLUTIONS)
     add("model", choices=list(models.MODELS), help="whose training step")
     add("--conv", nargs="+", choices=convolutions, default=convolutions, help="convolutions (default: all)")
-    add("--batch-size", type=number(int, above=0), default=WRITEUP_BATCH, metavar="N", help="images a step (256)")
-    add("--image-size", type=number(int, least=8), default=WRITEUP_IMAGE, metavar="N", help="side in pixels (128)")
+    add("--batch-size", type=number(int, above=0), default=writeup.BATCH_SIZE, metavar="N", help="images a step (256)")
+    add("--image-size", type=number(int, least=8), default=writeup.IMAGE_SIZE, metavar="N", help="side in pixels (128)")
     add("--json", type=Path, metavar="FILE", help="write the figures, in bytes, into FILE too")
     return parser
 
@@ -185,7 +184,7 @@ def make_report(
 ) -> dict:
     """What --json holds and the console shows; sizes in bytes."""
     first = steps[0]
-    as_writeup = (first.batch_size, first.image_size) == (WRITEUP_BATCH, WRITEUP_IMAGE)
+    as_writeup = (first.batch_size, first.image_size) == (writeup.BATCH_SIZE, writeup.IMAGE_SIZE)
     reference = accounts["torch"].peak if "torch" in accounts else None
     return {
         "model": first.model,
@@ -202,7 +201,7 @@ def make_report(
                 "at_peak": tracker.at_peak | ({WORKSPACE: None} if conv in LOWER_BOUNDS else {}),
                 "ratio_to_torch": round(tracker.peak / reference, 4) if reference else None,
                 "measured": measured.get(conv),
-                "writeup_nvidia_smi_mib": WRITEUP_MIB.get((first.model, conv)) if as_writeup else None,
+                "writeup_nvidia_smi_mib": writeup_mib(first.model, conv) if as_writeup else None,
             }
             for conv, tracker in accounts.items()
         },

@@ -1,6 +1,7 @@
 """Fixtures that more than one test file uses."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,20 +35,26 @@ def make_images() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def train_run(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """train_run("simplenet", "--epochs", "1") -> (exit code, stdout, stderr), run in this process inside tmp_path."""
+def run_main(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """run_main(command.main, "--flag", 1) -> (exit code, stdout, stderr), run in this process inside tmp_path."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: object) -> tuple[int, str, str]:
+    def run(main: Callable[[list[str]], None], *arguments: object) -> tuple[int, str, str]:
         code = 0
         try:
-            train.run.main([str(argument) for argument in arguments])
+            main([str(argument) for argument in arguments])
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def train_run(run_main: Callable) -> Callable:
+    """train_run("simplenet", "--epochs", "1") -> (exit code, stdout, stderr)."""
+    return partial(run_main, train.run.main)
 
 
 @pytest.fixture(scope="session")

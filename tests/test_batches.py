@@ -24,6 +24,7 @@ from train.batches import (
     steps_per_epoch,
     val_batches,
 )
+from train.cli import UserError
 from train.data import Dataset
 
 PLAIN = Augmentation(flip=False, colour=0.0, rotate=0.0, crop_area=None, crop_ratio=0.0)
@@ -90,7 +91,7 @@ def test_processes_share_what_one_would_see(world_size):
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="6 images does not split evenly over 4 processes"):
+    with pytest.raises(UserError, match="6 images does not split evenly over 4 processes"):
         feeder(world_size=4)
 
 

@@ -53,23 +53,17 @@ def make_run(tmp_path):
 
 
 @pytest.fixture
-def compare_run(capsys, tmp_path, monkeypatch):
+def compare_run(run_main, monkeypatch):
     """compare_run("a", "b") -> (exit code, stdout, stderr, rows of compare.csv), run in this process in tmp_path."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
     def run(*arguments: object) -> tuple[int, str, str, list[dict[str, str]]]:
-        code = 0
-        try:
-            compare.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
+        told = run_main(compare.main, *arguments)
         rows = []
         if Path("compare.csv").exists():
             with open("compare.csv", newline="") as file:
                 rows = list(csv.DictReader(file))
-        return code, captured.out, captured.err, rows
+        return *told, rows
 
     return run
 

@@ -1,6 +1,7 @@
 """The diagram: what it finds in a model, that its words do not lie on each other, and one line for each mistake."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -101,20 +102,9 @@ def test_words_lie_inside_the_picture_and_not_on_each_other(name, size):
 
 
 @pytest.fixture
-def diagram_run(capsys, tmp_path, monkeypatch):
-    """diagram_run("customnet", ...) -> (exit code, stdout, stderr), run in this process inside tmp_path."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = 0
-        try:
-            diagram.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def diagram_run(run_main):
+    """diagram_run("customnet", ...) -> (exit code, stdout, stderr)."""
+    return partial(run_main, diagram.main)
 
 
 def test_the_command_writes_a_picture_named_after_the_model(diagram_run, tmp_path):

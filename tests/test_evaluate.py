@@ -44,21 +44,14 @@ def make_checkpoint(tmp_path):
 
 
 @pytest.fixture
-def evaluate_run(capsys, tmp_path, monkeypatch):
+def evaluate_run(run_main, tmp_path, monkeypatch):
     """evaluate_run("best.pt") -> (exit code, stdout, stderr, the --json file), run in this process in tmp_path."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*arguments: object) -> tuple[int, str, str, dict]:
-        code = 0
-        try:
-            evaluate.main([*map(str, arguments), "--json", "result.json", "--device", "cpu"])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        report = json.loads(Path("result.json").read_text()) if code == 0 else {}
-        return code, captured.out, captured.err, report
+        code, out, err = run_main(evaluate.main, *arguments, "--json", "result.json", "--device", "cpu")
+        return code, out, err, json.loads(Path("result.json").read_text()) if code == 0 else {}
 
     return run
 
@@ -135,6 +128,13 @@ def test_mixed_precision_differs_by_rounding(make_checkpoint, evaluate_run):
     plain, mixed = (evaluate_run(path, "--limit-val", LIMIT, *more)[3] for more in ([], ["--amp", "bf16"]))
     assert mixed["loss"] != plain["loss"]
     assert mixed["loss"] == pytest.approx(plain["loss"], rel=0.05)
+
+
+def test_a_checkpoint_is_judged_as_it_was_validated_unless_told_otherwise(make_checkpoint, evaluate_run):
+    path = make_checkpoint("best.pt", flip_tta=True, amp="bf16")
+    told = [evaluate_run(path, "--limit-val", 20, *more)[3] for more in ([], ["--no-flip-tta", "--amp", "off"])]
+    assert [(report["flip_tta"], report["amp"]) for report in told] == [(True, "bf16"), (False, "off")]
+    assert told[0]["loss"] != told[1]["loss"]
 
 
 def test_100_classes_fit_80_columns(make_images, make_checkpoint, evaluate_run, tmp_path):

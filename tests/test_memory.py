@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,26 +21,15 @@ def step(conv: str, batch_size: int = 4, image_size: int = 32) -> memory.Step:
 
 
 @pytest.fixture
-def memory_run(capsys, tmp_path, monkeypatch):
-    """memory_run("simplenet", ...) -> (exit code, stdout, stderr), run in this process inside tmp_path."""
+def memory_run(run_main, monkeypatch):
+    """memory_run("simplenet", ...) -> (exit code, stdout, stderr)."""
 
     def no_gpu():
         raise NvmlUnavailable("no NVML: not in this test")
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(memory, "find_gpu", no_gpu)
     monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        code = 0
-        try:
-            memory.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return partial(run_main, memory.main)
 
 
 @pytest.mark.parametrize("conv", ["torch", "unfold"])

@@ -121,3 +121,21 @@ def kill_worker(process: subprocess.Popen, rank: int, folder: Path) -> None:
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(workers_of(process)[rank], signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("out", ["run", None], ids=["named-folder", "default-folder"])
+def test_torchruns_restart_goes_on_by_itself(rank, out, tmp_path):
+    arguments = ("simplenet", *COMMON, "--epochs", "12")
+    code, _, err = finish(torchrun(tmp_path, *arguments, "--out", "whole"))
+    assert code == 0, err
+    process = torchrun(tmp_path, *arguments, *(["--out", out] if out else []), restarts=1)
+    folder = tmp_path / process.stdout.readline().rpartition("run folder ")[2].strip()
+    kill_worker(process, rank, folder)
+    code, text, err = finish(process)
+    assert code == 0, err
+    assert "going on after step" in text
+    whole, again = (torch.load(path / "last.pt", weights_only=True) for path in (tmp_path / "whole", folder))
+    for name, weights in whole["model"].items():
+        assert torch.equal(again["model"][name], weights), name

@@ -4,19 +4,24 @@ Everything random is a function of (seed, epoch, batch), not of a generator's hi
 epoch sees exactly the images it would have seen.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from train.augment import Augmentation, augment_and_normalise, centre_crop, draw, normalise
+from train.cli import UserError
 from train.data import Dataset
 
 # Above 0, for trailing zeros do not count: they tell a batch's two streams from each other and from an epoch's order.
 AUGMENTATION, LAYERS = 1, 2
+
+T = TypeVar("T")
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
@@ -42,7 +47,10 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Feeder:
-    """The training batches of a dataset, for one of `world_size` processes that share each batch."""
+    """The training batches of a dataset, for one of `world_size` processes that share each batch.
+
+    Raises UserError where they cannot share it evenly.
+    """
 
     data: Dataset
     _: KW_ONLY
@@ -60,7 +68,7 @@ class Feeder:
 
     def __post_init__(self):
         if self.count % self.world_size:
-            raise ValueError(f"a batch of {self.count} images does not split evenly over {self.world_size} processes")
+            raise UserError(f"a batch of {self.count} images does not split evenly over {self.world_size} processes")
 
     @property
     def count(self) -> int:
@@ -71,7 +79,7 @@ class Feeder:
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(len(self.data), self.batch_size)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[tuple[Tensor, Tensor], None, None]:
         """The batches of an epoch from number `start` on.
 
         (x (B/world_size, 3, S, S) float32 of mean 0 and deviation 1, y (B/world_size,) int64), on the device.
@@ -83,8 +91,7 @@ class Feeder:
             return gather_rows(self.data, mine, pin=self.device.type == "cuda")
 
         mean, std = moments(self.data, self.device)
-        gathered = ahead(gather, range(start, self.steps_per_epoch))
-        try:
+        with contextlib.closing(ahead(gather, range(start, self.steps_per_epoch))) as gathered:
             for batch, (images, labels) in enumerate(gathered, start):
                 # Not in the thread: it would hold Python's lock, a little at a time, against the augmentation here.
                 draws = draw(
@@ -96,28 +103,27 @@ class Feeder:
                     out=empty_batch(len(images), self.image_size, self.device, self.memory_format),
                 )
                 yield x, labels.to(self.device, non_blocking=True)
-        finally:
-            gathered.close()
 
 
 def val_batches(
     data: Dataset, *, batch_size: int, image_size: int, device: torch.device, memory_format: torch.memory_format,
     rank: int = 0, world_size: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """The centres of this process's share of the images, in order, each once; the last batch may be short."""
     mean, std = moments(data, device)
     mine = torch.arange(rank, len(data), world_size)
     parts = mine.split(batch_size) if len(mine) else ()
-    gathered = ahead(lambda i: gather_rows(data, parts[i], pin=device.type == "cuda"), range(len(parts)))
-    try:
+
+    def gather(part: int) -> tuple[Tensor, Tensor]:
+        return gather_rows(data, parts[part], pin=device.type == "cuda")
+
+    with contextlib.closing(ahead(gather, range(len(parts)))) as gathered:
         for images, labels in gathered:
             x = normalise(
                 centre_crop(images.to(device, non_blocking=True), image_size), mean, std,
                 out=empty_batch(len(images), image_size, device, memory_format),
             )
             yield x, labels.to(device, non_blocking=True)
-    finally:
-        gathered.close()
 
 
 def moments(data: Dataset, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -144,7 +150,7 @@ def take(rows: Tensor, chosen: Tensor, *, pin: bool) -> Tensor:
     return out
 
 
-def ahead(make: Callable[[int], object], numbers: range) -> Iterator:
+def ahead(make: Callable[[int], T], numbers: range) -> Generator[T, None, None]:
     """make(n) for each of the numbers, made by a thread that is one ahead; an exception of `make` is raised here.
 
     Reading pages of a file that is mapped into memory waits for the disk; in a thread it does so during the step.

@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -16,8 +18,20 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse, whose errors are one line instead of a page of usage.
 
-    `prog` is how the command is typed, as in "python -m train.run"; errors begin "train.run: error:".
+    `prog` is how the command is typed, as in "python -m train.run"; errors begin "train.run: error:". The description
+    is filled to the terminal, `epilog` (examples) keeps its lines, and a flag is typed whole.
     """
+
+    def __init__(self, prog: str, *, usage: str, description: str, epilog: str | None = None, **options: Any):
+        super().__init__(
+            prog=prog,
+            usage=usage,
+            description=textwrap.fill(description, max(40, shutil.get_terminal_size().columns - 2)),
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
 
     def error(self, message: str) -> NoReturn:
         # Of several processes that torchrun starts with the same arguments one tells.

@@ -6,9 +6,7 @@ if __name__ == "__main__":  # before the seconds that importing torch takes
     quit_on_interrupt("train.compare")
 
 import argparse
-import shutil
 import statistics
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -67,10 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m train.compare",
         usage="python -m train.compare RUN... [--out DIR]",
-        description=textwrap.fill(DESCRIPTION, max(40, shutil.get_terminal_size().columns - 2)),
+        description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a folder with runs anywhere in it")

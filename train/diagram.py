@@ -250,7 +250,6 @@ def make_parser() -> argparse.ArgumentParser:
         usage="python -m train.diagram MODEL [options]",
         description="Draw a model's layers, the shapes between them and its skip connections, as the model itself "
         "tells them when it is run.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", choices=list(models.MODELS), help="what to draw")

@@ -90,9 +90,9 @@ def launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def restarted() -> bool:
-    """Whether torchrun's agent started the run again after a process had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often torchrun's agent has started the run again after a process had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def start_time() -> float:
@@ -121,20 +121,23 @@ def connect() -> Iterator[World]:
     world = World(
         int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     )
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=PATIENCE))
+    # torchrun's store outlives a restart, and processes would read the addresses of their dead predecessors in it.
+    store = dist.PrefixStore(f"conv-lab/{restarts()}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
     try:
         yield world
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        tell_once()
+        tell_once(store)
         raise UserError(
             "another process of this run ended or cannot be reached; "
             "go on with the same command and --resume DIR, from the run folder's last.pt"
         ) from error
     except UserError:
-        tell_once()
+        tell_once(store)
         raise
     finally:
         dist.destroy_process_group()
@@ -147,14 +150,11 @@ def is_lost_peer(error: RuntimeError) -> bool:
     )
 
 
-def tell_once() -> None:
-    """Ends this process in silence where another one has told of the failure already."""
+def tell_once(store: dist.Store) -> None:
+    """Ends this process in silence where another one, by the store they share, has told of the failure already."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, who has seen the other process end and would cut us off
     try:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
-        )
-        first = store.add(f"conv-lab/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+        first = store.add("failed", 1) == 1
     except RuntimeError:  # the store died with rank 0, which told nothing if it was killed
         first = True
     if not first:

@@ -6,8 +6,6 @@ if __name__ == "__main__":  # before the seconds that importing torch takes
     quit_on_interrupt("train.evaluate")
 
 import argparse
-import shutil
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,9 @@ from train.cli import Parser, UserError, number, run_command
 from train.data import FASHION_MINI, FASHION_MNIST, Dataset, load_data
 from train.devices import one_thread, pick_device
 from train.files import write_json
-from train.loop import AMP_DTYPES, predict
+from train.loop import AMP_DTYPES, autocast, predict
 from train.meter import Meter
-from train.report import backend_of, describe_backend, device_name, git_commit, versions
+from train.report import backend_of, describe_backend, describe_top5, device_name, git_commit, versions
 
 DESCRIPTION = """\
 Judge a checkpoint on validation images: top-1, top-5, loss, and a table by class that says what each class is most
@@ -75,7 +73,7 @@ def evaluate(
         console=console, disable=console is None or not console.is_terminal,
     )
     for x, y in batches:
-        with torch.autocast(device.type, dtype=AMP_DTYPES[amp], enabled=amp != "off"):
+        with autocast(device, amp):
             logits = predict(model, x, flip=flip)
         meter.update(logits, y, F.cross_entropy(logits, y))
         confusion += multiclass_confusion_matrix(logits, y, classes, validate_args=False)
@@ -87,10 +85,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m train.evaluate",
         usage="python -m train.evaluate CHECKPOINT [options]",
-        description=textwrap.fill(DESCRIPTION, max(40, shutil.get_terminal_size().columns - 2)),
+        description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     whole = number(int, above=0)
@@ -100,8 +96,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: auto, the GPU if any)")
     add("--batch-size", type=whole, default=256, metavar="N", help="images a batch (256)")
     add("--limit-val", type=whole, metavar="N", help="use only N images, evenly over the classes (default: all)")
-    add("--flip-tta", action="store_true", help="the mean of an image's logits and its mirror image's")
-    add("--amp", choices=list(AMP_DTYPES), default="off", help="automatic mixed precision (off)")
+    add("--flip-tta", action=argparse.BooleanOptionalAction,
+        help="the mean of an image's logits and its mirror image's (default: as it was validated)")
+    add("--amp", choices=list(AMP_DTYPES), help="automatic mixed precision (default: as it was validated)")
     add("--json", type=Path, metavar="FILE", help="write the figures and the confusion matrix into FILE too")
     return parser
 
@@ -119,6 +116,8 @@ def command(arguments: argparse.Namespace) -> None:
     model, saved = load_model(path, conv=arguments.conv, device=device)
     settings = saved["settings"]
     conv = arguments.conv or settings["conv"]
+    flip = settings["flip_tta"] if arguments.flip_tta is None else arguments.flip_tta
+    amp = arguments.amp or settings["amp"]
     backend = backend_of(conv, device)
     data = load_val(arguments, settings, console)
     require_same_model(path, saved, settings["model"], data.classes)
@@ -126,7 +125,7 @@ def command(arguments: argparse.Namespace) -> None:
         with one_thread(backend):
             result = evaluate(
                 model, data, image_size=settings["image_size"], batch_size=arguments.batch_size, device=device,
-                memory_format=models.memory_format(conv), amp=arguments.amp, flip=arguments.flip_tta, console=console,
+                memory_format=models.memory_format(conv), amp=amp, flip=flip, console=console,
             )
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -142,8 +141,8 @@ def command(arguments: argparse.Namespace) -> None:
         "device": device_name(device),
         "data": data.name,
         "image_size": settings["image_size"],
-        "flip_tta": arguments.flip_tta,
-        "amp": arguments.amp,
+        "flip_tta": flip,
+        "amp": amp,
         "images": len(data),
         "loss": result.loss,
         "top1": result.top1,
@@ -214,8 +213,7 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     over_all.add_row("data", f"{report['data']}, {report['images']:,} images, {report['image_size']} px")
     over_all.add_row("computed", ", ".join(how))
     over_all.add_row("top-1", f"{report['top1']:.2f}%")
-    trivial = f"  (of {report['top5_counts']} classes the right one is always among five)"
-    over_all.add_row("top-5", f"{report['top5']:.2f}%{trivial if len(report['classes']) <= 5 else ''}")
+    over_all.add_row("top-5", describe_top5(report["top5"], len(report["classes"])))
     over_all.add_row("loss", f"{report['loss']:.4f}")
     console.print(over_all)
 

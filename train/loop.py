@@ -123,7 +123,7 @@ class Trainer:
         lr = learning_rate(self.step, settings, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with self.autocast():
+        with autocast(self.device, settings.amp):
             logits = self.forward(x)
             loss = F.cross_entropy(logits.float(), y, label_smoothing=settings.label_smoothing)
         self.optimizer.zero_grad()
@@ -156,7 +156,7 @@ class Trainer:
         ):
             if self.world.size == 1:  # several agree at the end only, for their numbers of batches may differ
                 self.stop_if_asked(stop)
-            with self.autocast():
+            with autocast(self.device, settings.amp):
                 logits = predict(model, x, flip=settings.flip_tta)
             meter.update(logits, y, F.cross_entropy(logits, y))
             done += self.world.size * len(y)
@@ -170,10 +170,6 @@ class Trainer:
         if self.world.any(bool(stop), self.device):
             self.save()
             raise Stopped
-
-    def autocast(self) -> torch.autocast:
-        dtype = AMP_DTYPES[self.settings.amp]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def train_row(self) -> dict[str, float]:
         """The columns of metrics.csv that the training steps of the epoch decide."""
@@ -283,6 +279,12 @@ def load_initial_weights(model: nn.Module, settings: Settings, classes: tuple[st
         saved = checkpoint.load(path)
         checkpoint.require_same_model(path, saved, settings.model, classes)
         checkpoint.load_weights(path, saved, model)
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """The context of mixed precision that a key of AMP_DTYPES names; "off" changes nothing."""
+    dtype = AMP_DTYPES[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def predict(model: nn.Module, x: Tensor, *, flip: bool) -> Tensor:

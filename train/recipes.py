@@ -87,7 +87,7 @@ class Settings:
     """Width over height of that crop: 1 - this ... 1 + this."""
 
 
-# MISSION's geometry and colour: what the write-up did to its training images.
+# What the write-up did to its training images.
 WRITEUP_AUGMENTATION = dict(flip=True, colour=0.15, rotate=15.0, crop_area=0.25, crop_ratio=0.2)
 
 RECIPES = {

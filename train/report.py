@@ -115,17 +115,20 @@ def summarise(
     }
 
 
+def describe_top5(top5: float, classes: int) -> str:
+    """A top-5 accuracy in percent, and a word on it where it says nothing."""
+    trivial = f"  (of {classes} classes the right one is always among five)" if classes <= 5 else ""
+    return f"{top5:.2f}%{trivial}"
+
+
 def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> None:
     table = Table(box=box.ROUNDED, show_header=False, title=f"{summary['model']}, {summary['conv']} convolution")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    top5 = f"{summary['val_top5']:.2f}%"
-    if summary["classes"] <= 5:
-        top5 += f"  (of {summary['classes']} classes the right one is always among five)"
     table.add_row("convolutions", describe_backend(summary["backend"], summary["device"]))
     best = f"best {summary['best_val_top1']:.2f}%, epoch {summary['best_epoch']}"
     table.add_row("val top-1", f"{summary['val_top1']:.2f}%  ({best})")
-    table.add_row("val top-5", top5)
+    table.add_row("val top-5", describe_top5(summary["val_top5"], summary["classes"]))
     table.add_row("training speed", f"{summary['images_per_s']:,.1f} images/s")
     table.add_row("memory", f"{summary['memory']['mib']:,.0f} MiB, {summary['memory']['kind']}")
     table.add_row("run folder", str(folder))

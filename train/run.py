@@ -25,7 +25,7 @@ from train.cli import Parser, UserError, number, run_command, stop_on_signal
 from train.data import FASHION_MINI, default_image_size, load_data, require_classes
 from train.devices import one_thread, pick_device
 from train.display import Display
-from train.distributed import World, connect, restarted, start_time
+from train.distributed import World, connect, restarts, start_time
 from train.files import create_json, write_json
 from train.loop import AMP_DTYPES, Stopped, Trainer
 from train.profiling import WARM_UP, Profiler
@@ -55,9 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         usage="python -m train.run MODEL [options]\n       python -m train.run --resume DIR",
         description="Train a model on images and write its curves, checkpoints and a summary into a run folder.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # only what was typed overrides the recipe
-        allow_abbrev=False,
     )
     whole = number(int, above=0)
     on_off = argparse.BooleanOptionalAction
@@ -114,7 +112,7 @@ def start(typed: dict, console: Console, world: World) -> None:
     out, profile = typed.pop("out", None), typed.pop("profile", None)
     settings = make_settings(typed)
     folder = world.share(out.expanduser() if out else default_folder(settings, started=start_time()))
-    if world.share(restarted() and has_settings(folder, settings)):
+    if world.share(restarts() > 0 and has_settings(folder, settings)):
         resume({"resume": folder}, console, world)
         return
     with new_folder(folder, settings, exact=out is not None) if world.is_main else contextlib.nullcontext() as made:
@@ -287,8 +285,6 @@ def remove(folder: Path, made: list[Path]) -> None:
 def make_trainer(settings: Settings, folder: Path, console: Console, world: World) -> Trainer:
     """Everything that can go wrong before training goes wrong here."""
     pick_device(settings.device)  # a run may be resumed on another machine
-    if settings.nesterov and settings.optimizer == "sgd" and not settings.momentum:
-        raise UserError("Nesterov's momentum needs a momentum above 0")
     device = world.device(settings.device)
     try:
         backend = backend_of(settings.conv, device)
@@ -310,9 +306,6 @@ def make_trainer(settings: Settings, folder: Path, console: Console, world: Worl
             raise
         raise MemoryError(f"for these images at {settings.image_size} px; take a smaller --image-size") from error
     require_classes(train_data)
-    batch = min(settings.batch_size, len(train_data))
-    if batch % world.size:
-        raise UserError(f"a batch of {batch} images does not split evenly over {world.size} processes")
     console.print(
         f"{settings.model} on {len(train_data):,} training and {len(val_data):,} validation images of "
         f"{len(train_data.classes)} classes at {settings.image_size} px; "

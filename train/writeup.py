@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-CLASSES, IMAGE_SIZE = 100, 128
+CLASSES, IMAGE_SIZE, BATCH_SIZE = 100, 128, 256
 MEMORY_KIND = "the write-up's reading of nvidia-smi on its Tesla T4, whole process, average"
 
 
