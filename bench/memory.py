@@ -167,7 +167,10 @@ def command(arguments: argparse.Namespace) -> None:
         gpu, reason = find_gpu(), None
     except NvmlUnavailable as error:
         gpu, reason = None, str(error)
-    accounts = {step.conv: account(step) for step in steps}
+    try:
+        accounts = {step.conv: account(step) for step in steps}
+    except ValueError as error:  # the model does not take such images, or one alone
+        raise UserError(f"{arguments.model}, {arguments.batch_size} images a step: {error}") from error
     measured = {step.conv: measure(step) for step in steps} if gpu else {}
     report = make_report(steps, accounts, measured, gpu, reason)
     if arguments.json is not None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from train.run import make_parser
+import train.run
+from bench import memory
+from train import compare, diagram, evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,6 +34,11 @@ ROOT = Path(__file__).resolve().parent.parent
         pytest.param(["simplenet", "--image-size", "4"], ["--image-size", "4", "8"], id="tiny-images"),
         pytest.param(["simplenet", "--limit-train", "0"], ["--limit-train", "0"], id="zero-limit"),
         pytest.param(["simplenet", "--seed", "-1"], ["--seed", "-1"], id="negative-seed"),
+        pytest.param(["simplevit", "--image-size", "36"], ["image size 36", "multiple of 8"], id="size-of-the-vit"),
+        pytest.param(["simplenet", "--weights", "imagenet"], ["--weights", "resnet18 only"], id="weights-of-another"),
+        pytest.param(["resnet18", "--weights", "no.pth"], ["--weights no.pth: no such file"], id="missing-weights"),
+        pytest.param(["simplenet", "--init", "no.pt"], ["--init no.pt: no such file"], id="missing-init"),
+        pytest.param(["simplenet", "--amp", "int8"], ["--amp", "bf16"], id="unknown-amp"),
         pytest.param(["simplenet", "--data", "nowhere"], ["nowhere"], id="missing-data"),
         pytest.param(["simplenet", "--out", "file/run"], ["file/run"], id="out-below-a-file"),
         pytest.param(["simplenet", "--out", "file"], ["file"], id="out-is-a-file"),
@@ -82,12 +89,22 @@ def test_cuda_without_a_gpu_is_said_plainly(train_run, monkeypatch):
     assert (code, err) == (2, "train.run: error: --device cuda: PyTorch finds no GPU here\n")
 
 
-def test_help_explains_every_flag_and_shows_an_example():
-    text = make_parser().format_help()
-    assert "examples:" in text
-    assert "python -m train.run simplenet" in text
-    for action in make_parser()._actions:
-        assert action.help, action
+@pytest.mark.parametrize("command", [train.run, compare, evaluate, diagram, memory], ids=lambda m: m.__name__)
+def test_help_explains_every_flag_in_80_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = command.make_parser()
+    assert max(map(len, parser.format_help().splitlines())) <= 80
+    assert f"python -m {command.__name__}" in parser.format_help()
+    assert all(action.help for action in parser._actions)
+
+
+def test_a_model_with_batch_norms_does_not_train_on_one_image_a_step(train_run, tiny_run, tmp_path):
+    others = tiny_run[1:]
+    code, _, err = train_run("customnet", *others, "--batch-size", "1", "--out", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "customnet has a batch norm that cannot train on one image of 32 px a step" in err
+    assert not (tmp_path / "run").exists()
+    assert train_run("simplenet", *others, "--batch-size", "1", "--limit-train", "2", "--out", "run")[0] == 0
 
 
 def test_the_command_runs_as_typed():

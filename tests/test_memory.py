@@ -185,6 +185,8 @@ def test_measured_figures_stand_beside_predicted_ones(memory_run, monkeypatch):
         pytest.param(["simplenet", "--image-size", "9999999999"], ["beyond any machine"], id="astronomic-images"),
         pytest.param(["simplenet", "--json", "nowhere/m.json"], ["nowhere/m.json"], id="json-in-no-folder"),
         pytest.param(["simplenet", "--json", "."], ["."], id="json-is-a-folder"),
+        pytest.param(["resnet18", "--image-size", "16"], ["resnet18", "image size 16"], id="size-of-the-model"),
+        pytest.param(["customnet", "--batch-size", "1"], ["customnet, 1 images", "1 value"], id="one-image"),
         pytest.param(["simplenet", "--json", "/proc/m.json"], ["/proc/m.json"], id="json-not-writable"),
     ],
 )

@@ -38,7 +38,7 @@ often taken for.
 EXAMPLES = """
 examples:
   python -m train.evaluate runs/simplenet-triton-20260102-030405
-                                     its best epoch, on the data it was trained on
+                                     its best epoch, on its own data
   python -m train.evaluate runs/a/last.pt --conv torch --json result.json
                                      its last one, by PyTorch's convolution
   python -m train.evaluate best.pt --data ~/flowers --flip-tta

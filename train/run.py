@@ -34,18 +34,24 @@ from train.report import backend_of, describe_backend, device_name, draw_curves,
 
 EXAMPLES = """
 examples:
-  python -m train.run simplenet                        the embedded images, through the Triton kernels
-  python -m train.run simplenet --conv torch           the same with PyTorch's own convolution
+  python -m train.run simplenet                 the embedded images, Triton kernels
+  python -m train.run simplenet --conv torch    by PyTorch's own convolution
   python -m train.run customnet --data ~/miniplaces --recipe modern
-  python -m train.run resnet18 --data ~/flowers --image-size 64 --weights ~/resnet18-f37072fd.pth
+  python -m train.run resnet18 --data ~/flowers --weights ~/resnet18.pth
   python -m train.run --resume runs/simplenet-triton-20260102-030405
-  torchrun --nproc-per-node 8 -m train.run simplenet --data ~/miniplaces --out runs/eight
+  torchrun --nproc-per-node 8 -m train.run simplenet --data ~/miniplaces
 
-Recipes: quick (AdamW, few epochs) is the default on Fashion-MNIST and on a CPU, writeup (the course write-up's
-settings) otherwise; modern trains best. --data takes MiniPlaces (a folder with train.txt and val.txt), a folder
-PATH/train/<class>/*.jpg with PATH/val/<class>/*.jpg, or PATH/<class>/*.jpg, which is then split. Under torchrun
---batch-size is that of all processes together; who raises it raises --lr in proportion. Without a GPU the Triton
-kernels run in Triton's interpreter: right, and slow.
+Recipes: quick (AdamW, few epochs) is the default on Fashion-MNIST and on a CPU,
+writeup (the course write-up's settings) otherwise; modern adds label smoothing,
+gradient clipping, a moving average of the weights and mirror images.
+
+--data takes MiniPlaces (a folder with train.txt and val.txt), or a folder
+PATH/train/<class>/*.jpg with PATH/val/<class>/*.jpg, or PATH/<class>/*.jpg,
+which is then split.
+
+Under torchrun --batch-size is that of all processes together; who raises it
+raises --lr in proportion. Without a GPU the Triton kernels run in Triton's
+interpreter: right, and slow.
 """
 
 
@@ -162,10 +168,13 @@ def make_settings(typed: dict) -> Settings:
         data = typed["data"] = absolute("--data", data)  # a run is resumed from any folder
     typed.setdefault("image_size", default_image_size(data))
     name = typed.pop("recipe", None) or default_recipe(data, typed["device"])
-    if typed.get("weights", "none") not in ("none", "imagenet"):
-        typed["weights"] = absolute("--weights", typed["weights"])
+    if typed.get("weights", "none") != "none":
+        if typed["model"] != "resnet18":
+            raise UserError(f"--weights {typed['weights']}: there are pretrained weights for resnet18 only")
+        if typed["weights"] != "imagenet":
+            typed["weights"] = existing("--weights", typed["weights"])
     if "init" in typed:
-        typed["start_from"] = absolute("--init", typed.pop("init"))
+        typed["start_from"] = existing("--init", typed.pop("init"))
         typed.setdefault("weights", "none")
     if "cache" in typed:
         typed["cache"] = absolute("--cache", typed["cache"])
@@ -180,6 +189,14 @@ def absolute(flag: str, path: str | Path) -> str:
         return str(Path(path).expanduser().absolute())
     except RuntimeError as error:  # a user whose home is not known
         raise UserError(f"{flag} {path}: {error}") from error
+
+
+def existing(flag: str, path: str | Path) -> str:
+    """`absolute`, of a file that is there: known before the images are read."""
+    whole = absolute(flag, path)
+    if not Path(whole).is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    return whole
 
 
 def read_run(folder: Path) -> tuple[Settings, dict | None]:
@@ -306,6 +323,8 @@ def make_trainer(settings: Settings, folder: Path, console: Console, world: Worl
             raise
         raise MemoryError(f"for these images at {settings.image_size} px; take a smaller --image-size") from error
     require_classes(train_data)
+    if min(settings.batch_size, len(train_data)) == 1:
+        require_norms_of_one(settings)
     console.print(
         f"{settings.model} on {len(train_data):,} training and {len(val_data):,} validation images of "
         f"{len(train_data.classes)} classes at {settings.image_size} px; "
@@ -315,6 +334,19 @@ def make_trainer(settings: Settings, folder: Path, console: Console, world: Worl
         highlight=False,
     )
     return Trainer(settings, train_data, val_data, device, folder, world)
+
+
+def require_norms_of_one(settings: Settings) -> None:
+    """Raises UserError for a model with a batch norm that has nothing to normalise by in a step of one image."""
+    size = settings.image_size
+    with torch.device("meta"):
+        try:
+            models.build(settings.model, "torch", num_classes=2, image_size=size)(torch.empty(1, 3, size, size))
+        except ValueError as error:
+            raise UserError(
+                f"{settings.model} has a batch norm that cannot train on one image of {size} px a step; "
+                "take a larger --batch-size"
+            ) from error
 
 
 def train(trainer: Trainer, console: Console, profile: int | None) -> None:
