@@ -127,6 +127,35 @@ def test_mixed_precision_trains_close_to_float32(amp, make_trainer):
     assert losses[amp] == pytest.approx(losses["off"], rel=0.1)  # bfloat16 has 8 bits
 
 
+def test_gradients_are_clipped_without_the_scale_of_fp16(make_trainer):
+    """Three steps of SGD whose gradients are longer than the clip: their lengths are the rates times the clip."""
+    trainer = make_trainer(amp="fp16", optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.5, clip=0.01)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # the usual one overflows, and skips two steps
+    lengths, step = [], trainer.train_step
+
+    def measured(x, y):
+        before = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).clone()
+        step(x, y)
+        lengths.append((torch.cat([p.detach().flatten() for p in trainer.model.parameters()]) - before).norm().item())
+
+    trainer.train_step = measured
+    fit(trainer)
+    rates = [float(row["lr"]) for row in rows(trainer.folder / "steps.csv")]
+    assert lengths == pytest.approx([0.01 * rate for rate in rates], rel=0.01)
+
+
+def test_what_layers_draw_is_decided_by_the_seed_and_the_place_in_the_training(make_trainer):
+    """As a resumed run needs it: the generators' state before is of no account."""
+    states = []
+    for noise in (1, 2):
+        trainer = make_trainer("modern", model="simplevit", init="pytorch", image_size=16, ema=None, epochs=2)
+        torch.manual_seed(noise)
+        fit(trainer)
+        states.append(trainer.model.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
 def test_an_overflow_of_the_scaled_loss_skips_the_step_and_lowers_the_scale(make_trainer):
     trainer = make_trainer(amp="fp16")
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)

@@ -32,10 +32,13 @@ def test_parameters_are_those_of_the_writeup(name, conv, at_100, features):
 
 
 def test_resnet18_is_torchvisions():
-    theirs, ours = torchvision.models.resnet18(num_classes=7), models.build("resnet18", "torch", 7)
-    shapes = [(name, value.shape) for name, value in theirs.state_dict().items()]
-    assert [(name, value.shape) for name, value in ours.state_dict().items()] == shapes
-    ours.load_state_dict(theirs.state_dict())
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=7)
+    torch.manual_seed(0)
+    ours = models.build("resnet18", "torch", 7)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
     x = torch.randn(2, 3, 40, 40)
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
 

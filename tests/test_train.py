@@ -273,6 +273,15 @@ def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_file_is_created_once(tmp_path):
+    path = tmp_path / "a.json"
+    train.files.create_json(path, {"value": 1})
+    with pytest.raises(FileExistsError):
+        train.files.create_json(path, {"value": 2})
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
 @pytest.mark.parametrize(
     ("size", "kept"),
     [

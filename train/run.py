@@ -34,8 +34,8 @@ from train.report import backend_of, describe_backend, device_name, draw_curves,
 
 EXAMPLES = """
 examples:
-  python -m train.run simplenet                 the embedded images, Triton kernels
-  python -m train.run simplenet --conv torch    by PyTorch's own convolution
+  python -m train.run simplenet                embedded images, Triton kernels
+  python -m train.run simplenet --conv torch   by PyTorch's own convolution
   python -m train.run customnet --data ~/miniplaces --recipe modern
   python -m train.run resnet18 --data ~/flowers --weights ~/resnet18.pth
   python -m train.run --resume runs/simplenet-triton-20260102-030405
