@@ -105,7 +105,7 @@ RECIPES = {
         warmup_epochs=1,
         flip=False,
     ),
-    # The course write-up's, to the letter.
+    # The course write-up's.
     "writeup": Settings(
         recipe="writeup",
         epochs=60,
