@@ -194,8 +194,10 @@ def test_batches_that_nobody_holds_any_more_end_the_thread():
 
 
 UNFINISHED = """
-import sys, time
+import signal, sys, time
 from train.batches import ahead
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
 def gather(n):
     time.sleep(0.2 * (n > 0))

@@ -71,6 +71,7 @@ from train import cache, folder
 
 root, log, gate = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 kill_after, sleep = int(sys.argv[4]), float(sys.argv[5])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 lock, count = threading.Lock(), 0
 
 def read_square(path, side):
