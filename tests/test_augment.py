@@ -11,13 +11,15 @@ from train.augment import (
     CHUNK,
     Augmentation,
     Draws,
-    augment,
     augment_and_normalise,
     centre_crop,
+    crop_and_flip,
     crop_sizes,
     draw,
     matrices,
+    new_scratch,
     normalise,
+    resample,
     sampling_grid,
 )
 
@@ -40,6 +42,10 @@ def one_draw(*, flip=False, angle=0.0, size=(1.0, 1.0), centre=(0.0, 0.0)):
         flip=torch.tensor([flip]), colour=torch.ones(1, 3), angle=torch.tensor([angle]),
         size=torch.tensor([size]), centre=torch.tensor([centre]),
     )
+
+
+def resampled(images, draws, size):
+    return resample(images, matrices(draws), *new_scratch(images, size))
 
 
 def step_by_step(point, draws, n):
@@ -77,7 +83,7 @@ def test_a_batch_samples_each_image_where_its_steps_say():
     draws = draws_of(WRITEUP, 16)
     columns = torch.arange(SIDE).expand(SIDE, SIDE)
     image = torch.stack([columns, columns.T, 255 - columns]).to(torch.uint8)
-    result = augment(image.expand(16, -1, -1, -1), draws, WRITEUP, SIZE)
+    result = resampled(image.expand(16, -1, -1, -1), draws, SIZE)
     centres = (2 * torch.arange(SIZE, dtype=torch.float64) + 1) / SIZE - 1
     for n in range(16):
         for row, column in ((0, 0), (5, 100), (127, 0), (64, 63), (127, 127)):
@@ -109,7 +115,7 @@ def test_a_batch_samples_each_image_where_its_steps_say():
 )
 def test_steps_that_can_be_written_without_resampling(draws, expected):
     image = torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=generator())
-    result = augment(image[None], draws, WRITEUP, 16)[0]
+    result = resampled(image[None], draws, 16)[0]
     inside = slice(1, -1)  # a crop's rim is drawn from the pixels beside it, where interpolate's is the image's end
     torch.testing.assert_close(
         result[:, inside, inside], expected(image.float())[:, inside, inside], rtol=0, atol=1e-2
@@ -119,7 +125,7 @@ def test_steps_that_can_be_written_without_resampling(draws, expected):
 def test_the_grid_is_affine_grids():
     theta = matrices(draws_of(WRITEUP, 5))
     expected = torch.nn.functional.affine_grid(theta, (5, 1, SIZE, SIZE), align_corners=False)
-    torch.testing.assert_close(sampling_grid(theta, SIZE), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(sampling_grid(theta, out=torch.empty_like(expected)), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("augmentation", [OFF, dataclasses.replace(OFF, flip=True), WRITEUP])
@@ -153,7 +159,7 @@ def test_agrees_with_torchvisions_transforms_one_image_at_a_time():
     x, y = t[None], t[:, None]
     image = 127 + 60 * torch.stack([x.sin() + y.cos(), (x + y).sin(), x.cos() * y.sin()])
     draws = draws_of(WRITEUP, 12)
-    ours = augment(image.round().to(torch.uint8).expand(12, -1, -1, -1), draws, WRITEUP, SIZE)
+    ours = resampled(image.round().to(torch.uint8).expand(12, -1, -1, -1), draws, SIZE)
     functional = v2.functional
     for n in range(12):
         theirs = functional.horizontal_flip(image) if draws.flip[n] else image
@@ -221,12 +227,12 @@ def test_without_resampling_pixels_are_copied(flip):
     augmentation = dataclasses.replace(OFF, flip=flip)
     draws = draws_of(augmentation, 20)
     assert draws.flip.any() == flip
-    for one, image, flipped in zip(augment(images, draws, augmentation, SIZE), images, draws.flip, strict=True):
-        centre = image[:, 8:136, 8:136].float()
+    for one, image, flipped in zip(crop_and_flip(images, draws.flip, SIZE), images, draws.flip, strict=True):
+        centre = image[:, 8:136, 8:136]
         assert torch.equal(one, centre.flip(2) if flipped else centre)
 
 
-def test_colour_and_normalisation_are_one_multiply_add():
+def test_colour_and_normalisation():
     x = torch.randint(256, (4, 3, 5, 5), dtype=torch.uint8, generator=generator())
     colour = draws_of(WRITEUP, 4).colour
     for factors in (None, colour):

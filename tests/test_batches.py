@@ -45,11 +45,16 @@ def feeder(data=None, augmentation=WRITEUP, **changes):
     return Feeder(data or dataset(), **(settings | changes))
 
 
+def fed(feeder, epoch, start=0):
+    """The batches of an epoch; copies, for the feeder writes the next over the last."""
+    return [(x.clone(), y) for x, y in feeder.epoch(epoch, start=start)]
+
+
 @pytest.mark.parametrize(("count", "size", "steps"), [(23, 6, 3), (24, 6, 4), (5, 6, 1)])
 def test_only_full_batches_are_fed_and_a_small_set_is_one(count, size, steps):
     assert steps_per_epoch(count, size) == steps
-    fed = list(feeder(dataset(count), batch_size=size).epoch(0))
-    assert [len(y) for _, y in fed] == steps * [min(count, size)]
+    batches = fed(feeder(dataset(count), batch_size=size), 0)
+    assert [len(y) for _, y in batches] == steps * [min(count, size)]
 
 
 def test_an_epoch_shows_each_image_at_most_once_in_an_order_of_its_own():
@@ -69,21 +74,21 @@ def test_pixels_are_those_of_the_labels_images():
 
 
 def test_seed_epoch_and_batch_decide_a_batch_and_nothing_else_does():
-    whole = list(feeder().epoch(2))
+    whole = fed(feeder(), 2)
     torch.manual_seed(99)
     for start in (1, 2):
-        for (x, y), (x_whole, y_whole) in zip(feeder().epoch(2, start=start), whole[start:], strict=True):
+        for (x, y), (x_whole, y_whole) in zip(fed(feeder(), 2, start), whole[start:], strict=True):
             assert torch.equal(x, x_whole)
             assert torch.equal(y, y_whole)
-    assert list(feeder().epoch(2, start=3)) == []
+    assert fed(feeder(), 2, start=3) == []
     other = next(feeder(seed=1).epoch(2))
     assert not torch.equal(other[1], whole[0][1])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_what_one_would_see(world_size):
-    alone = list(feeder().epoch(1))
-    shares = [list(feeder(rank=rank, world_size=world_size).epoch(1)) for rank in range(world_size)]
+    alone = fed(feeder(), 1)
+    shares = [fed(feeder(rank=rank, world_size=world_size), 1) for rank in range(world_size)]
     for batch, (x, y) in enumerate(alone):
         for rank in range(world_size):
             assert torch.equal(shares[rank][batch][0], x[rank::world_size])

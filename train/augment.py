@@ -1,4 +1,4 @@
-"""Training augmentation of a whole batch at once: one affine resampling and one multiply-add, on any device.
+"""Training augmentation of a whole batch at once: one affine resampling and one normalisation, on any device.
 
 In the write-up's order an image is flipped, its channels are scaled, it is rotated and cropped to the square inscribed
 in the rotated one, and a random crop of that is resized. The geometry is an affine map from the pixels of the result
@@ -117,19 +117,20 @@ def matrices(draws: Draws) -> Tensor:
     return torch.stack([mirror[:, None] * row_x, row_y], dim=1)
 
 
-def sampling_grid(theta: Tensor, side: int) -> Tensor:
-    """(B, 2, 3) -> (B, side, side, 2): the source's x and y for each pixel of the result.
+def sampling_grid(theta: Tensor, *, out: Tensor) -> Tensor:
+    """(B, 2, 3) -> `out`, (B, side, side, 2): the source's x and y for each pixel of the result.
 
     torch.nn.functional.affine_grid's values by broadcasting: a fraction of its time on a CPU, the same for an image
     whatever its batch, and free of the matrix product that TF32, where it is switched on, would round.
     """
+    side = out.shape[1]
     centres = (2 * torch.arange(side, device=theta.device) + 1) / side - 1
     row = theta[:, None, :, 0] * centres[:, None] + theta[:, None, :, 2]  # (B, side, 2)
     slope = theta[:, None, :, 1].expand_as(row)
     # x and y of a row as one axis of 2 * side: broadcasting over columns instead has inner loops of two elements.
-    grid = slope.flatten(1)[:, None] * centres[:, None]  # (B, side, 2 * side)
-    grid += row.flatten(1)[:, None]
-    return grid.view(-1, side, side, 2)
+    row, slope = row.flatten(1)[:, None], slope.flatten(1)[:, None]
+    torch.addcmul(row, slope, centres[:, None], out=out.view(-1, side, 2 * side))
+    return out
 
 
 def augment_and_normalise(
@@ -137,32 +138,52 @@ def augment_and_normalise(
 ) -> Tensor:
     """(B, C, S, S) uint8 -> `out`, (B, 3, image_size, image_size) float32 in any memory format."""
     step = CHUNK if images.device.type == "cpu" else len(images)
+    side = out.shape[-1]
+    theta = matrices(draws)
+    scratch = new_scratch(images[:step], side) if augmentation.resamples else None
     for start in range(0, len(images), step):
         some = slice(start, start + step)
-        pixels = augment(images[some], draws[some], augmentation, out.shape[-1])
-        normalise(pixels, mean, std, draws.colour[some], out=out[some])
+        if scratch:
+            x = resample(images[some], theta[some], *scratch)
+        else:
+            x = crop_and_flip(images[some], draws.flip[some], side)
+        normalise(x, mean, std, draws.colour[some], out=out[some])
     return out
 
 
-def augment(images: Tensor, draws: Draws, augmentation: Augmentation, image_size: int) -> Tensor:
-    """(B, C, S, S) uint8 -> (B, C, image_size, image_size) float32, pixels 0..255, channels not scaled yet."""
-    if not augmentation.resamples:
-        x = centre_crop(images, image_size).to(torch.float32)
-        return torch.where(draws.flip[:, None, None, None], x.flip(3), x) if augmentation.flip else x
-    grid = sampling_grid(matrices(draws), image_size)
+def new_scratch(images: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """What `resample` works in: (B, C, S, S) and (B, side, side, 2) float32.
+
+    Every slice of a batch uses the same: fresh memory comes from the system page by page, which takes as long as the
+    work in it.
+    """
+    return torch.empty_like(images, dtype=torch.float32), torch.empty(len(images), side, side, 2, device=images.device)
+
+
+def resample(images: Tensor, theta: Tensor, pixels: Tensor, grid: Tensor) -> Tensor:
+    """(B, C, S, S) uint8, (B, 2, 3) -> (B, C, side, side) float32, pixels 0..255; in the first B of `new_scratch`."""
+    count = len(images)
+    pixels = pixels[:count].copy_(images)
+    grid = sampling_grid(theta, out=grid[:count])
     # Bilinear without antialiasing: the stored side is 1.125 times the result's, too little to alias visibly.
-    return F.grid_sample(images.to(torch.float32), grid, align_corners=False, padding_mode="border")
+    return F.grid_sample(pixels, grid, align_corners=False, padding_mode="border")
+
+
+def crop_and_flip(images: Tensor, flip: Tensor, side: int) -> Tensor:
+    """(B, C, S, S), (B,) bool -> (B, C, side, side): the centres, some of them mirrored; nothing is resampled."""
+    x = centre_crop(images, side)
+    return torch.where(flip[:, None, None, None], x.flip(3), x)
 
 
 def normalise(x: Tensor, mean: Tensor, std: Tensor, colour: Tensor | None = None, *, out: Tensor) -> Tensor:
-    """(x * colour - mean) / std in one pass; x (B, C, H, W) pixels 0..255, C 1 or 3 -> `out`, (B, 3, H, W).
+    """(x * colour - mean) / std; x (B, C, H, W) pixels 0..255, C 1 or 3 -> `out`, (B, 3, H, W).
 
     mean, std   (3,), of pixels 0..1
     colour      (B, 3) factors, or None
     """
     scale = (1 if colour is None else colour) / (255 * std)  # (3,) or (B, 3)
-    scale = scale.view(-1, 3, 1, 1)
-    return torch.addcmul((-mean / std).view(1, 3, 1, 1), x.to(torch.float32), scale, out=out)
+    scaled = torch.mul(x, scale.view(-1, 3, 1, 1)).sub_((mean / std).view(3, 1, 1))
+    return out.copy_(scaled)  # arithmetic straight into another memory format takes twice as long on a CPU
 
 
 def centre_crop(images: Tensor, side: int) -> Tensor:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
 import shlex
 import time
 from collections.abc import Iterator
@@ -365,6 +366,8 @@ def train(trainer: Trainer, console: Console, profile: int | None) -> None:
         val_images=len(trainer.val),
         batch_size=settings.batch_size,
     )
+    if settings.compile:  # it writes the code it cannot compile, tens of lines, and raises what we tell in one
+        logging.getLogger("torch._inductor.scheduler").addFilter(lambda record: record.levelno < logging.CRITICAL)
     try:
         with (
             stop_on_signal(patient=world.size > 1) as stop,
