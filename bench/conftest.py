@@ -204,4 +204,4 @@ def tell_feeding(terminalreporter: pytest.TerminalReporter, feeding: dict[str, f
             terminalreporter.write_line(f"{name:18} {feeding[name]:8,.0f} images/s{ratio}")
     if "data_wait_pct" in feeding:
         share = feeding["data_wait_pct"]
-        terminalreporter.write_line(f"wait for data: {share:.1f}% of SimpleNet's steps (native, batch 32, 2 threads)")
+        terminalreporter.write_line(f"wait for data: {share:.1f}% of SimpleNet's steps (native, batch 64, 2 threads)")

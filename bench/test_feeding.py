@@ -25,7 +25,7 @@ from train.data import IMAGENET_MEAN, IMAGENET_STD, load_data, stored_size
 from train.loop import augmentation
 from train.recipes import RECIPES
 
-IMAGES, PIXELS, BATCH, STEP_BATCH = 256, 128, 64, 32
+IMAGES, PIXELS, BATCH = 256, 128, 64
 SETTINGS = RECIPES["writeup"]
 CPU = torch.device("cpu")
 
@@ -100,7 +100,7 @@ PER_IMAGE = v2.Compose([
 def fed(benchmark, device, where, feeding):
     """fed(name, call) times the making of an epoch's batches, and keeps images/s for the summary."""
 
-    def run(name, call, *, batch_size=BATCH, threads_used=1):
+    def run(name, call, *, threads_used=1):
         if device != CPU:
             pytest.skip("compares one CPU core with one CPU core; run it with --bench-device cpu")
         threads = torch.get_num_threads()
@@ -108,7 +108,7 @@ def fed(benchmark, device, where, feeding):
         try:
             benchmark.group = "feeding"
             benchmark.extra_info.update(
-                where, torch_threads=threads_used, images=IMAGES, batch_size=batch_size, image_size=PIXELS,
+                where, torch_threads=threads_used, images=IMAGES, batch_size=BATCH, image_size=PIXELS,
                 dtype="float32", n=5,
             )
             benchmark.pedantic(call, rounds=5, warmup_rounds=1)
@@ -164,7 +164,7 @@ def test_training_step(fed, data, feeding, benchmark):
     torch.manual_seed(0)
     model = models.build("simplenet", "torch", 2, PIXELS).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    source, waits = feeder(data[0], STEP_BATCH), []
+    source, waits = feeder(data[0], BATCH), []
 
     def epoch():
         waited, started = 0.0, time.perf_counter()
@@ -177,6 +177,6 @@ def test_training_step(fed, data, feeding, benchmark):
             before = time.perf_counter()
         waits.append(100 * waited / (time.perf_counter() - started))
 
-    fed("steps", epoch, batch_size=STEP_BATCH, threads_used=2)
+    fed("steps", epoch, threads_used=2)
     if benchmark.enabled:
         feeding["data_wait_pct"] = benchmark.extra_info["data_wait_pct"] = statistics.median(waits[1:])  # 0 warms up

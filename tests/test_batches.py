@@ -170,7 +170,12 @@ def gatherers():
 
 def test_the_next_batch_is_gathered_while_one_is_used():
     made = []
-    results = ahead(lambda n: made.append(n) or n, range(5))
+
+    def finish(number):
+        assert made == list(range(number + 1))  # the next one's gathering has not begun
+        return number
+
+    results = ahead(lambda n: made.append(n) or (n,), finish, range(5))
     assert next(results) == 0
     for _ in range(200):
         if made == [0, 1]:
@@ -206,9 +211,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the te
 
 def gather(n):
     time.sleep(0.2 * (n > 0))
-    return n
+    return (n,)
 
-batches = ahead(gather, range(1000))
+batches = ahead(gather, lambda n: n, range(1000))
 next(batches)
 print("fed", flush=True)
 if sys.argv[1] == "wait":

@@ -4,7 +4,6 @@ Everything random is a function of (seed, epoch, batch), not of a generator's hi
 epoch sees exactly the images it would have seen.
 """
 
-import contextlib
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
@@ -87,23 +86,27 @@ class Feeder:
         """
         order = epoch_order(len(self.data), seed=self.seed, epoch=epoch)
 
-        def gather(batch: int) -> tuple[Tensor, Tensor]:
-            mine = order[batch * self.count : (batch + 1) * self.count][self.rank :: self.world_size]
-            return gather_rows(self.data, mine, pin=self.device.type == "cuda")
-
         mean, std = moments(self.data, self.device)
         x = empty_batch(self.count // self.world_size, self.image_size, self.device, self.memory_format)
-        with contextlib.closing(ahead(gather, range(start, self.steps_per_epoch))) as gathered:
-            for batch, (images, labels) in enumerate(gathered, start):
-                # Not in the thread: it would hold Python's lock, a little at a time, against the augmentation here.
-                draws = draw(
-                    self.count, self.augmentation, generator(self.seed, epoch, batch, AUGMENTATION),
-                    centre_share=self.image_size / images.shape[-1],
-                )[self.rank :: self.world_size].to(self.device)
-                augment_and_normalise(
-                    images.to(self.device, non_blocking=True), draws, self.augmentation, mean, std, out=x
-                )
-                yield x, labels.to(self.device, non_blocking=True)
+
+        share = slice(self.rank, None, self.world_size)
+
+        def gather(batch: int) -> tuple[int, Tensor, Tensor]:
+            mine = order[batch * self.count : (batch + 1) * self.count][share]
+            return batch, *gather_rows(self.data, mine, pin=self.device.type == "cuda")
+
+        def finish(batch: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            # Drawn here and not in the thread, where PyTorch's operators would be in the way of the step's own.
+            draws = draw(
+                self.count, self.augmentation, generator(self.seed, epoch, batch, AUGMENTATION),
+                centre_share=self.image_size / images.shape[-1],
+            )[share].to(self.device)
+            augment_and_normalise(
+                images.to(self.device, non_blocking=True), draws, self.augmentation, mean, std, out=x
+            )
+            return x, labels.to(self.device, non_blocking=True)
+
+        yield from ahead(gather, finish, range(start, self.steps_per_epoch))
 
 
 def val_batches(
@@ -118,13 +121,14 @@ def val_batches(
     def gather(part: int) -> tuple[Tensor, Tensor]:
         return gather_rows(data, parts[part], pin=device.type == "cuda")
 
-    with contextlib.closing(ahead(gather, range(len(parts)))) as gathered:
-        for images, labels in gathered:
-            x = normalise(
-                centre_crop(images.to(device, non_blocking=True), image_size), mean, std,
-                out=empty_batch(len(images), image_size, device, memory_format),
-            )
-            yield x, labels.to(device, non_blocking=True)
+    def finish(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        x = normalise(
+            centre_crop(images.to(device, non_blocking=True), image_size), mean, std,
+            out=empty_batch(len(images), image_size, device, memory_format),
+        )
+        return x, labels.to(device, non_blocking=True)
+
+    yield from ahead(gather, finish, range(len(parts)))
 
 
 def moments(data: Dataset, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -151,17 +155,18 @@ def take(rows: Tensor, chosen: Tensor, *, pin: bool) -> Tensor:
     return out
 
 
-def ahead(make: Callable[[int], T], numbers: range) -> Generator[T, None, None]:
-    """make(n) for each of the numbers, made by a thread that is one ahead; an exception of `make` is raised here.
+def ahead(gather: Callable[[int], tuple], finish: Callable[..., T], numbers: range) -> Generator[T, None, None]:
+    """finish(*gather(n)) for each of the numbers, gathered by a thread that is one ahead, and finished here.
 
-    Reading pages of a file that is mapped into memory waits for the disk; in a thread it does so during the step.
+    Reading pages of a file that is mapped into memory waits for the disk; in a thread it does so during the step. It
+    begins when the batch before is finished, for the two would get in each other's way. An exception is raised here.
     """
+    if not numbers:
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="gather") as pool:
-        waiting = None
-        for number in numbers:
-            following = pool.submit(make, number)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
+        waiting = pool.submit(gather, numbers[0])
+        for following in numbers[1:]:
+            made = finish(*waiting.result())
+            waiting = pool.submit(gather, following)
+            yield made
+        yield finish(*waiting.result())
