@@ -98,13 +98,34 @@ def test_help_explains_every_flag_in_80_columns(command, monkeypatch):
     assert all(action.help for action in parser._actions)
 
 
+def test_brackets_in_a_path_are_no_markup(train_run, tiny_run, tmp_path):
+    code, out, _ = train_run(*tiny_run, "--out", "a[/b]/c[red]")
+    assert code == 0
+    assert out.count("a[/b]/c[red]") == 2
+    assert (tmp_path / "a[/b]/c[red]/summary.json").exists()
+
+
+def test_fewer_training_images_than_classes_are_refused(train_run, tiny_run, tmp_path):
+    code, _, err = train_run(*tiny_run, "--limit-train", "9", "--out", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--limit-train 9 would leave some of the 10 classes without an image" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--out", "--data", "--cache", "--init", "--resume", "--weights"])
+def test_a_home_that_nobody_has_is_one_line(flag, train_run):
+    code, _, err = train_run("simplenet", flag, "~nobody-at-all/x")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"argument {flag}: ~nobody-at-all/x: " in err
+
+
 def test_a_model_with_batch_norms_does_not_train_on_one_image_a_step(train_run, tiny_run, tmp_path):
     others = tiny_run[1:]
     code, _, err = train_run("customnet", *others, "--batch-size", "1", "--out", "run")
     assert (code, err.count("\n")) == (2, 1)
     assert "customnet has a batch norm that cannot train on one image of 32 px a step" in err
     assert not (tmp_path / "run").exists()
-    assert train_run("simplenet", *others, "--batch-size", "1", "--limit-train", "2", "--out", "run")[0] == 0
+    assert train_run("simplenet", *others, "--batch-size", "1", "--limit-train", "10", "--out", "run")[0] == 0
 
 
 def test_the_command_runs_as_typed():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from train import data, fashion_mnist
+from train import data, fashion_mnist, recipes
 from train.cli import UserError
 from train.fashion_mini import make
 
@@ -182,3 +182,10 @@ def test_the_real_files_hold_70000_images(monkeypatch):
     train, val = load(data.FASHION_MNIST)
     assert torch.bincount(train.labels).tolist() == [6000] * 10
     assert torch.bincount(val.labels).tolist() == [1000] * 10
+
+
+def test_a_folder_of_its_files_has_the_recipe_of_its_name(tmp_path):
+    folder = str(write_files(tmp_path / "idx"))
+    for name in ("quick", "writeup", "modern"):
+        assert recipes.make_recipe(name, "simplenet", folder) == recipes.make_recipe(name, "simplenet", "fashion-mnist")
+    assert recipes.default_recipe(folder, "cuda") == "quick"

@@ -283,6 +283,7 @@ def test_a_profile_of_more_steps_than_there_are_is_refused(train_run, tiny_run, 
     code, _, err = train_run(*tiny_run, "--profile", 11, "--out", "run")
     assert (code, err.count("\n")) == (2, 1)
     assert "--profile 11: of this run's 12 steps the first 2 are not profiled" in err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("backend", "inside"), [("interpreter", 1), ("native", 2)])

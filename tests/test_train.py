@@ -64,6 +64,12 @@ def test_every_model_has_its_recipe_and_resnet_its_pretrained_weights(name, data
         assert recipe.weights == ("imagenet" if model == "resnet18" else "none")
 
 
+def test_modern_fine_tunes_gently_and_trains_resnet_from_scratch_as_the_others():
+    tuned, scratch = (make_recipe("modern", "resnet18", "/photos", weights) for weights in ("imagenet", "none"))
+    assert (tuned.optimizer, tuned.lr, tuned.nesterov) == ("sgd", 0.01, True)
+    assert (scratch.optimizer, scratch.lr, scratch.weights) == ("adamw", 2e-3, "none")
+
+
 @pytest.mark.parametrize(
     ("data", "device", "recipe"),
     [
@@ -331,7 +337,7 @@ def test_a_validation_loss_that_is_no_number_is_no_success(tiny_run, train_run, 
 
 
 def test_runs_begun_in_the_same_second_have_folders_of_their_own(tiny_run, train_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.run.time.strftime", lambda *_: "now")
+    monkeypatch.setattr("train.run_folder.time.strftime", lambda *_: "now")
     for seed in (0, 1):
         assert train_run(*tiny_run, "--epochs", 1, "--seed", seed)[0] == 0
     summaries = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/summary.json")}
@@ -348,7 +354,7 @@ def test_a_run_folder_among_class_folders_is_refused(make_images, train_run, tmp
 
 
 @pytest.mark.parametrize(
-    "damage", [{"batch_size": 0}, {"model": "alexnet"}, {"device": "tpu"}, {"image_size": "32"}], ids=str
+    "damage", [{"batch_size": 0}, {"model": "alexnet"}, {"seed": 1}, {"image_size": "32"}], ids=str
 )
 def test_a_config_changed_by_hand_is_refused_when_resuming(damage, tiny_run, train_run, tmp_path):
     assert train_run(*tiny_run, "--epochs", 1, "--out", "run")[0] == 0
@@ -358,6 +364,14 @@ def test_a_config_changed_by_hand_is_refused_when_resuming(damage, tiny_run, tra
     code, _, err = train_run("--resume", "run")
     assert (code, err.count("\n")) == (2, 1)
     assert "last.pt is of other settings than run/config.json names" in err
+
+
+def test_a_device_that_is_none_is_refused_when_resuming(tiny_run, train_run, tmp_path):
+    assert train_run(*tiny_run, "--epochs", 1, "--out", "run")[0] == 0
+    (tmp_path / "run/summary.json").unlink()
+    path = tmp_path / "run/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "tpu"}))
+    assert train_run("--resume", "run")[::2] == (2, "train.run: error: no device is called 'tpu'\n")
 
 
 @pytest.mark.parametrize(

@@ -89,14 +89,16 @@ def test_two_processes_train_as_one_with_the_same_global_batch(model, epochs, lr
 
 
 def test_a_batch_that_does_not_split_evenly_is_one_line(tmp_path):
-    code, _, err = finish(torchrun(tmp_path, "simplenet", *COMMON, "--batch-size", "15", "--out", "run"))
+    """And a restart, which would come to the same, does not tell it again."""
+    run = torchrun(tmp_path, "simplenet", *COMMON, "--batch-size", "15", "--out", "run", restarts=1)
+    code, _, err = finish(run)
     assert code != 0
     assert our_lines(err) == ["train.run: error: a batch of 15 images does not split evenly over 2 processes"]
     assert not (tmp_path / "run").exists()
 
 
 def test_a_mistyped_flag_is_told_once(tmp_path):
-    code, _, err = finish(torchrun(tmp_path, "simplenet", "--batch-size", "none"))
+    code, _, err = finish(torchrun(tmp_path, "simplenet", "--batch-size", "none", restarts=1))
     assert code != 0
     assert len(our_lines(err)) == 1
 

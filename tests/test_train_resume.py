@@ -33,10 +33,19 @@ def without_times(path):
     return [{name: row[name] for name in row if name not in ("images_per_s", "data_wait_pct")} for row in rows(path)]
 
 
+def flatten(state):
+    """Nested states as what == compares to the bit."""
+    if isinstance(state, torch.Tensor):
+        return state.tolist()
+    if isinstance(state, dict):
+        return {name: flatten(value) for name, value in state.items()}
+    return [flatten(value) for value in state] if isinstance(state, list) else state
+
+
 def same_run(a: Path, b: Path) -> None:
     first, second = (torch.load(folder / "last.pt", weights_only=True) for folder in (a, b))
-    for name, value in first["model"].items():
-        assert torch.equal(value, second["model"][name]), name
+    for part in ("model", "trained_model", "optimizer", "scaler"):
+        assert flatten(first[part]) == flatten(second[part]), part
     assert (a / "steps.csv").read_text() == (b / "steps.csv").read_text()
     assert without_times(a / "metrics.csv") == without_times(b / "metrics.csv")
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (a, b)]
@@ -144,31 +153,55 @@ def test_a_lost_terminal_is_a_request_unless_nohup_has_it_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def kill_and_resume(command: list[str], begin: list[str], folder: Path, delays: list[float]) -> list[int]:
-    """Starts a run, SIGKILLs it after each delay (seconds from its first line on) and resumes it, to its end.
+# A command that saves after every step, so that a kill leaves a position inside an epoch.
+SAVING_OFTEN = """
+import train.loop, train.run
+
+train.loop.SAVE_EVERY = 0
+train.run.main()
+"""
+
+
+def kill_and_resume(launcher: list[str], begin: list[str], folder: Path, kills: list[int]) -> list[int]:
+    """Starts a run and SIGKILLs it once it has recorded step kills[0], resumes it up to kills[1], ..., and to its end.
 
     Returns the steps that last.pt held after each kill.
     """
+    script = folder.parent / "saving_often.py"
+    script.write_text(SAVING_OFTEN)
     held = []
-    for delay in [*delays, None]:
-        arguments = ["--resume", str(folder)] if (folder / "config.json").exists() else begin
+    for step in [*kills, None]:
+        arguments = ["--resume", str(folder)] if (folder / "config.json").exists() else [*begin, "--out", str(folder)]
         process = subprocess.Popen(
-            [*command, *arguments], cwd=folder.parent, env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, *launcher, str(script), *arguments], cwd=folder.parent,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        if delay is None:
+        if step is None:
             _, err = process.communicate(timeout=240)
             assert process.returncode == 0, err
             return held
-        assert process.stdout.readline()
-        time.sleep(delay)
+        deadline = time.monotonic() + 120
+        while recorded(folder) < step:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         for pid in (process.pid, *map(int, children)):  # torchrun first, or it would end the others gently
             os.kill(pid, signal.SIGKILL)
         process.communicate()
-        if (folder / "last.pt").exists():
-            held.append(torch.load(folder / "last.pt", weights_only=True)["step"])
+        held.append(torch.load(folder / "last.pt", weights_only=True)["step"])
     raise AssertionError
+
+
+def recorded(folder: Path) -> int:
+    """The steps in steps.csv, which is written just before last.pt."""
+    return len(rows(folder / "steps.csv")) if (folder / "steps.csv").exists() else 0
+
+
+def require_progress(held: list[int], kills: list[int], *, steps: int, steps_per_epoch: int) -> None:
+    """Each kill fell after its step and before the run's end, some of them inside an epoch."""
+    assert all(kill - 1 <= step < steps for kill, step in zip(kills, held, strict=True)), held
+    assert any(step % steps_per_epoch for step in held), held
 
 
 # Everything that has a state: AdamW, a moving average, augmentation, layers that draw (the transformer). The scaled
@@ -177,38 +210,43 @@ STATEFUL = ("--ema", "0.9", "--recipe", "modern", "--limit-train", "64", "--limi
 
 
 @pytest.mark.parametrize(
-    ("model", "epochs", "delays"),
+    ("model", "epochs", "kills"),
     [
-        pytest.param("simplenet", 8, [0.3, 1.0], id="simplenet"),
-        pytest.param("simplevit", 3, [0.0, 2.0, 5.0, 1.0], id="simplevit", marks=pytest.mark.slow),
-        pytest.param("customnet", 4, [0.1, 2.0, 0.5, 3.0], id="customnet", marks=pytest.mark.slow),
+        pytest.param("simplenet", 8, [6, 17], id="simplenet"),
+        pytest.param("simplevit", 5, [2, 5, 11, 18], id="simplevit", marks=pytest.mark.slow),
+        pytest.param("customnet", 5, [1, 7, 10, 19], id="customnet", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_killed_again_and_again_ends_with_the_weights_of_an_uninterrupted_one(
-    model, epochs, delays, train_run, tmp_path
+    model, epochs, kills, train_run, tmp_path
 ):
     begin = [model, "--conv", "torch", "--device", "cpu", "--epochs", str(epochs), "--batch-size", "16", *STATEFUL]
     begin += ["--amp", "fp16" if model == "simplenet" else "off"]
     assert train_run(*begin, "--out", "whole")[0] == 0
     folder = tmp_path / "killed"
-    kill_and_resume([sys.executable, "-m", "train.run"], [*begin, "--out", str(folder)], folder, delays)
+    require_progress(kill_and_resume([], begin, folder, kills), kills, steps=4 * epochs, steps_per_epoch=4)
     same_run(tmp_path / "whole", folder)
 
 
 @pytest.mark.slow
 def test_two_processes_killed_again_and_again_end_with_the_weights_of_uninterrupted_ones(tmp_path):
-    begin = ["simplevit", "--conv", "torch", "--device", "cpu", "--epochs", "3", "--batch-size", "16", *STATEFUL]
+    begin = ["simplevit", "--conv", "torch", "--device", "cpu", "--epochs", "4", "--batch-size", "16", *STATEFUL]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launcher, "-m", "train.run"]
-    for name, delays in (("whole", []), ("killed", [1.0, 4.0, 2.0])):
-        kill_and_resume(command, [*begin, "--out", name], tmp_path / name, delays)
+    kills = [3, 9, 14]
+    kill_and_resume(launcher, begin, tmp_path / "whole", [])
+    held = kill_and_resume(launcher, begin, tmp_path / "killed", kills)
+    require_progress(held, kills, steps=16, steps_per_epoch=4)
     same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_run_killed_before_it_began_to_train_starts_from_its_settings(train_run, tiny_run, tmp_path):
+@pytest.mark.parametrize("tables", [(), ("steps.csv",), ("steps.csv", "metrics.csv")], ids=str)
+def test_a_run_killed_before_its_first_checkpoint_starts_from_its_settings(tables, train_run, tiny_run, tmp_path):
     assert train_run(*tiny_run, "--out", "whole")[0] == 0
     (tmp_path / "early").mkdir()
     shutil.copy(tmp_path / "whole/config.json", tmp_path / "early")
+    for name in tables:
+        header, *_ = (tmp_path / "whole" / name).read_text().splitlines(keepends=True)
+        (tmp_path / "early" / name).write_text(header)
     assert train_run("--resume", "early")[0] == 0
     same_run(tmp_path / "whole", tmp_path / "early")
 
@@ -290,6 +328,37 @@ def test_rows_beyond_the_checkpoint_are_dropped(stopped, train_run):
     assert float(epochs[1]["val_loss"]) != 9
     events = EventAccumulator(str(stopped)).Reload()
     assert [event.step for event in events.Scalars("step/loss")] == list(range(1, STEPS + 1))
+
+
+def test_events_cut_short_by_a_kill_hide_none_that_follow(stopped, train_run):
+    (events,) = stopped.glob("events.*")
+    with open(events, "r+b") as file:
+        file.truncate(events.stat().st_size - 7)
+    assert train_run("--resume", stopped)[0] == 0
+    steps = [event.step for event in EventAccumulator(str(stopped)).Reload().Scalars("step/loss")]
+    assert steps[-6:] == list(range(STEPS - 5, STEPS + 1))
+
+
+def test_weights_that_a_run_began_from_are_not_needed_to_go_on(train_run, tiny_run, tmp_path):
+    assert train_run(*tiny_run, "--out", "first")[0] == 0
+    with stopping_after(6):
+        assert train_run(*tiny_run, "--init", "first", "--out", "second")[0] == 2
+    shutil.rmtree(tmp_path / "first")
+    assert train_run("--resume", "second")[0] == 0
+
+
+def test_images_that_have_moved_are_named_anew(make_images, train_run, tmp_path):
+    data = make_images(tmp_path / "d", {"cat": 12, "dog": 12})
+    run = ("simplenet", "--conv", "torch", "--device", "cpu", "--data", "d", "--image-size", "16", "--epochs", "2")
+    for name in ("whole", "moved"):
+        with stopping_after(2) if name == "moved" else contextlib.nullcontext():
+            train_run(*run, "--batch-size", "4", "--out", name)
+    data.rename(tmp_path / "elsewhere")
+    assert train_run("--resume", "moved")[0] == 2
+    with stopping_after(5):
+        assert train_run("--resume", "moved", "--data", "elsewhere", "--cache", "kept")[0] == 2
+    assert train_run("--resume", "moved", "--data", "elsewhere")[0] == 0
+    same_run(tmp_path / "whole", tmp_path / "moved")
 
 
 def test_a_run_that_died_after_its_last_step_gets_its_summary(train_run, tiny_run, tmp_path):

@@ -22,6 +22,7 @@ from train.cli import UserError
 from train.files import atomic_write
 
 FORMAT = 2
+BEST, LAST = "best.pt", "last.pt"
 
 
 def save(path: Path, contents: dict[str, Any]) -> None:
@@ -89,4 +90,4 @@ def load_model(path: Path, *, conv: str | None = None, device: torch.device) -> 
 
 def checkpoint_file(path: Path) -> Path:
     """`path`, or its best.pt where it is a run folder."""
-    return path / "best.pt" if path.is_dir() else path
+    return path / BEST if path.is_dir() else path

@@ -8,7 +8,10 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
+
+from rich.console import Console
 
 
 class UserError(Exception):
@@ -34,8 +37,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        # Of several processes that torchrun starts with the same arguments one tells.
-        self.exit(2, error_line(self.prog, message) if os.environ.get("RANK", "0") == "0" else None)
+        # Of several processes that torchrun starts with the same arguments one tells, and once.
+        told = os.environ.get("RANK", "0") != "0" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        self.exit(2, None if told else error_line(self.prog, message))
 
 
 def error_line(prog: str, message: str) -> str:
@@ -100,6 +104,19 @@ def number(
         return value
 
     return parse
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path, with ~ as the shell has it."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # a user whose home is not known
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """A console that prints what it is given: paths hold brackets and colons, which are markup to rich."""
+    return Console(quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
 class StopRequest:

@@ -7,6 +7,7 @@ if __name__ == "__main__":  # before the seconds that importing torch takes
 
 import argparse
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from train import writeup
-from train.cli import Parser, UserError, run_command
+from train.cli import Parser, UserError, make_console, path, run_command
 from train.files import atomic_write, write_csv
 from train.report import describe_backend
 from train.runs import IRRELEVANT, Group, Run, crossing_epoch, find_runs, group_runs, read_run, spread
@@ -69,8 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or a folder with runs anywhere in it")
-    add("--out", type=Path, default=Path(), metavar="DIR", help="where compare.png and compare.csv go (default: here)")
+    add("runs", type=path, nargs="+", metavar="RUN", help="a run folder, or a folder with runs anywhere in it")
+    add("--out", type=path, default=Path(), metavar="DIR", help="where compare.png and compare.csv go (default: here)")
     return parser
 
 
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def command(arguments: argparse.Namespace) -> None:
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = make_console()
     runs = [read_run(folder) for folder in find_runs(arguments.runs)]
     begun = [run for run in runs if run.epochs]
     if not begun:
@@ -87,7 +89,7 @@ def command(arguments: argparse.Namespace) -> None:
     groups = group_runs(begun)
     names = distinguish(groups)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    draw(groups, [" ".join(filter(None, name)) for name in names], arguments.out / "compare.png")
+    draw(groups, list(map(label_of, groups, names)), arguments.out / "compare.png")
     write_csv(arguments.out / "compare.csv", CSV_COLUMNS, map(csv_row, groups, names))
 
     print_tables(console, groups, names)
@@ -103,16 +105,31 @@ def command(arguments: argparse.Namespace) -> None:
 
 
 def distinguish(groups: Sequence[Group]) -> list[tuple[str, str, str, str]]:
-    """(model, conv, recipe, other settings) of each group; the last has what it takes to tell the groups apart."""
+    """(model, conv, recipe, other settings) of each group; the last has what it takes to tell the groups apart.
+
+    A setting that is off in a group, None, is left out there: the others name theirs.
+    """
     facts = [settings_of(group) for group in groups]
     over_all = differing_data(facts)
     names = []
     for fact in facts:
-        alike = [other for other in facts if all(other[name] == fact[name] for name in (*NAMED, *over_all))]
-        differing = [name for name in fact if len({repr(other.get(name)) for other in alike}) > 1]
-        shown = dict.fromkeys([*over_all, *differing])
+        alike = [
+            (group, other) for group, other in zip(groups, facts, strict=True)
+            if all(other[name] == fact[name] for name in (*NAMED, *over_all))
+        ]
+        differing = [name for name in fact if tells_apart(name, alike)]
+        shown = [name for name in dict.fromkeys([*over_all, *differing]) if fact[name] is not None]
         names.append((*(fact[name] for name in NAMED), ", ".join(f"{name}={short(fact[name])}" for name in shown)))
     return names
+
+
+def tells_apart(name: str, alike: Sequence[tuple[Group, dict[str, Any]]]) -> bool:
+    """Whether a setting differs among groups, given with their settings_of."""
+    if name == "device":  # an unfinished run has told its kind alone, which is another word for a named one's
+        kinds = {group.config["device"] for group, _ in alike}
+        named = {group.device for group, _ in alike if group.finished}
+        return len(kinds) > 1 or len(named) > 1
+    return len({repr(settings.get(name)) for _, settings in alike}) > 1
 
 
 def settings_of(group: Group) -> dict[str, Any]:
@@ -273,12 +290,14 @@ def csv_row(group: Group, name: tuple[str, ...]) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- the figure
 
+FIGURE_SIZE = (9, 5.5)  # inches, without the legend
+LEGEND_WIDTH, TITLE_WIDTH = 56, 80  # characters a line; two columns of a legend in its small type fill the figure
+
 
 def draw(groups: Sequence[Group], labels: Sequence[str], path: Path) -> None:
     """Validation top-1 of every group by epoch, its train top-1 dashed, and the epoch at which train passes marked."""
     colours = matplotlib.colormaps["tab10" if len(groups) <= 10 else "tab20"].colors
-    outside = len(groups) > 6 or max(map(len, labels)) > 40
-    figure = Figure(figsize=(12 if outside else 9, 6), layout="constrained")
+    figure = Figure(figsize=FIGURE_SIZE, dpi=110, layout="constrained")
     axes = figure.subplots()
     for i, (group, label) in enumerate(zip(groups, labels, strict=True)):
         colour = colours[i % len(colours)]
@@ -286,9 +305,7 @@ def draw(groups: Sequence[Group], labels: Sequence[str], path: Path) -> None:
         marker = "o" if group.epochs == 1 else None  # a line through one point shows nothing
         val, deviation = group.curve("val_top1")
         train, _ = group.curve("train_top1")
-        n = f" (n={len(group.runs)})" if len(group.runs) > 1 else ""
-        state = "" if group.finished else ", unfinished"
-        axes.plot(epochs, val, color=colour, marker=marker, label=f"{label}{n}{state}")
+        axes.plot(epochs, val, color=colour, marker=marker, label=wrap(label, LEGEND_WIDTH))
         axes.plot(epochs, train, color=colour, marker=marker, linestyle="--", linewidth=1, alpha=0.7)
         if len(group.runs) > 1:
             low, high = ([v + sign * d for v, d in zip(val, deviation, strict=True)] for sign in (-1, 1))
@@ -298,7 +315,7 @@ def draw(groups: Sequence[Group], labels: Sequence[str], path: Path) -> None:
     axes.set(xlabel="epoch", ylabel="top-1 (%)", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
-    figure.suptitle(title_of(groups))
+    figure.suptitle(wrap(title_of(groups), TITLE_WIDTH))
     handles = axes.get_legend_handles_labels()[0]
     keys = {
         "validation": dict(),
@@ -308,12 +325,38 @@ def draw(groups: Sequence[Group], labels: Sequence[str], path: Path) -> None:
     if any(len(group.runs) > 1 for group in groups):
         keys["± standard deviation over seeds"] = dict(linewidth=7, alpha=0.2)
     handles += [Line2D([], [], color="black", label=label, **style) for label, style in keys.items()]
-    if outside:
-        figure.legend(handles=handles, loc="outside right upper", fontsize="small")
-    else:
-        axes.legend(handles=handles, loc="lower right", fontsize="small")
+    add_legend(figure, handles)
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png")
+
+
+def label_of(group: Group, name: Sequence[str]) -> str:
+    *common, others = name
+    n = f" (n={len(group.runs)})" if len(group.runs) > 1 else ""
+    return ", ".join(filter(None, (" ".join(common), others))) + n + ("" if group.finished else ", unfinished")
+
+
+def wrap(label: str, width: int) -> str:
+    """`label` in lines of at most so many characters, broken after commas, and inside a setting that is longer."""
+    breakable = label.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
+    lines = textwrap.wrap(breakable, width, break_on_hyphens=False)
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Below the axes, in as many columns as fit; the figure grows by its height, so that the axes keep theirs."""
+
+    def make(columns: int) -> Legend:
+        return figure.legend(handles=handles, loc="outside lower center", fontsize="small", ncols=columns)
+
+    for columns in range(len(handles), 0, -1):
+        legend = make(columns)
+        size = legend.get_window_extent()
+        if size.width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    width, height = FIGURE_SIZE
+    figure.set_size_inches(width, height + size.height / figure.dpi)
 
 
 def title_of(groups: Sequence[Group]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from train import fashion_mini, fashion_mnist
 from train.cache import decode_once, default_folder
-from train.cli import UserError
+from train.cli import UserError, path
 from train.folder import list_folder
 from train.miniplaces import is_miniplaces, list_miniplaces
 
@@ -25,8 +25,7 @@ from train.miniplaces import is_miniplaces, list_miniplaces
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-FASHION_MINI = "fashion-mini"
-FASHION_MNIST = "fashion-mnist"
+FASHION_MINI, FASHION_MNIST = NAMED = ("fashion-mini", "fashion-mnist")  # sources that are no paths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +48,19 @@ class Dataset:
         return len(self.labels)
 
 
+def source(text: str) -> str:
+    """An argparse type: one of NAMED, or the absolute path of a folder, which holds from any other too."""
+    return text if text in NAMED else str(path(text).absolute())
+
+
+def shows_garments(source: str) -> bool:
+    """Whether a source is Fashion-MNIST, by name or as a folder of its files, and not photographs."""
+    return source in NAMED or fashion_mnist.holds_files(Path(source))
+
+
 def default_image_size(source: str) -> int:
     """The side the network sees unless --image-size says otherwise: 32 for garments, 128 for photographs."""
-    garments = source in (FASHION_MINI, FASHION_MNIST) or fashion_mnist.holds_files(Path(source))
-    return 32 if garments else 128
+    return 32 if shows_garments(source) else 128
 
 
 def stored_size(image_size: int) -> int:
@@ -74,7 +82,22 @@ def load_data(
     A limit keeps that many images, as evenly over the classes as it goes. Images of a folder are decoded once and
     kept in `cache` (train.cache's default_folder() unless given). Raises UserError naming what is wrong.
     """
-    limits = {"train": limit_train, "val": limit_val}
+    train, val = load_parts(source, image_size, {"train": limit_train, "val": limit_val}, console, cache)
+    return train, val
+
+
+def load_val(
+    source: str, image_size: int, *, limit: int | None, console: Console, cache: Path | None = None
+) -> Dataset:
+    """`load_data`'s validation images alone; of a folder that has a part for them, no other is looked at."""
+    (val,) = load_parts(source, image_size, {"val": limit}, console, cache)
+    return val
+
+
+def load_parts(
+    source: str, image_size: int, limits: dict[str, int | None], console: Console, cache: Path | None
+) -> list[Dataset]:
+    """The parts that `limits` names, in its order."""
     if source == FASHION_MINI:
         return frame_arrays(fashion_mini.load_arrays(), source, image_size, limits)
     cache = cache or default_folder()
@@ -83,11 +106,15 @@ def load_data(
         root = fashion_mnist.locate(cache, console)
     if fashion_mnist.holds_files(root):
         return frame_arrays(fashion_mnist.load_arrays(root), source, image_size, limits)
-    train, val, notice = list_miniplaces(root) if is_miniplaces(root) else list_folder(root)
+    if is_miniplaces(root):
+        train, val, notice = list_miniplaces(root)
+    else:
+        train, val, notice = list_folder(root, need_train="train" in limits)
     if notice:
         console.print(notice, soft_wrap=True, highlight=False)
     parts = []
-    for part, files in (("train", train), ("val", val)):
+    for part in limits:
+        files = {"train": train, "val": val}[part]
         kept = spread(np.array(files.labels), limits[part])
         images, checksums = decode_once(
             [files.paths[i] for i in kept],
@@ -107,12 +134,12 @@ def load_data(
                 fingerprint=fingerprint(checksums, labels, files.classes),
             )
         )
-    return parts[0], parts[1]
+    return parts
 
 
 def frame_arrays(
     arrays: dict[str, np.ndarray], source: str, image_size: int, limits: dict[str, int | None]
-) -> tuple[Dataset, Dataset]:
+) -> list[Dataset]:
     """Fashion-MNIST's 28 px, grey on black, framed to 36 px, so that any 32 px crop holds the whole garment."""
     parts = []
     for part, limit in limits.items():
@@ -132,11 +159,14 @@ def frame_arrays(
                 fingerprint=fingerprint(framed.numpy(), labels[kept], fashion_mini.CLASSES),
             )
         )
-    return parts[0], parts[1]
+    return parts
 
 
 def fingerprint(pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> str:
-    """The same for the same pictures, labels and names, wherever they lie; `pixels` may be their checksums."""
+    """The same for the same pictures, labels and names, wherever they lie; `pixels` may be their checksums.
+
+    Those of decoded images are of when they were decoded: what is written into a cache's file later goes unnoticed.
+    """
     digest = hashlib.sha256(json.dumps(classes).encode())
     for array in (labels, pixels):
         digest.update(np.ascontiguousarray(array))

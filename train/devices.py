@@ -14,7 +14,10 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:  # from a config.json written by hand
+        raise UserError(f"no device is called {name!r}") from error
 
 
 @contextlib.contextmanager

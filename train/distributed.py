@@ -23,6 +23,8 @@ from train.cli import UserError
 # Building a cache of the images may keep the other processes waiting this long.
 PATIENCE = timedelta(hours=4)
 
+MISTAKE = "conv-lab/mistake"  # set in torchrun's store where the run ended by something that its user can put right
+
 
 class World:
     """The processes of this run; of a plain `python -m train.run`, this one alone."""
@@ -121,9 +123,11 @@ def connect() -> Iterator[World]:
     world = World(
         int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     )
-    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=PATIENCE))
+    lasting, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=PATIENCE))
     # torchrun's store outlives a restart, and processes would read the addresses of their dead predecessors in it.
-    store = dist.PrefixStore(f"conv-lab/{restarts()}", store)
+    store = dist.PrefixStore(f"conv-lab/{restarts()}", lasting)
+    if restarts() and lasting.check([MISTAKE]):
+        raise SystemExit(2)  # started again, it would come to the same end and tell it once more
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
     try:
@@ -137,6 +141,8 @@ def connect() -> Iterator[World]:
             "go on with the same command and --resume DIR, from the run folder's last.pt"
         ) from error
     except UserError:
+        with contextlib.suppress(RuntimeError):  # the store may have died with another process
+            lasting.set(MISTAKE, "")
         tell_once(store)
         raise
     finally:

@@ -6,7 +6,7 @@ if __name__ == "__main__":  # before the seconds that importing torch takes
     quit_on_interrupt("train.evaluate")
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 import models
 from train.batches import val_batches
 from train.checkpoint import checkpoint_file, load_model, require_same_model
-from train.cli import Parser, UserError, number, run_command
-from train.data import FASHION_MINI, FASHION_MNIST, Dataset, load_data
+from train.cli import Parser, UserError, make_console, number, path, run_command
+from train.data import Dataset, load_val, shows_garments, source
 from train.devices import one_thread, pick_device
 from train.files import write_json
-from train.loop import AMP_DTYPES, autocast, predict
+from train.folder import VAL_EVERY, is_split
+from train.loop import AMP_DTYPES, autocast, layout, predict
 from train.meter import Meter
+from train.miniplaces import is_miniplaces
+from train.recipes import Settings
 from train.report import backend_of, describe_backend, describe_top5, device_name, git_commit, versions
 
 DESCRIPTION = """\
@@ -42,6 +45,9 @@ examples:
   python -m train.evaluate runs/a/last.pt --conv torch --json result.json
                                      its last one, by PyTorch's convolution
   python -m train.evaluate best.pt --data ~/flowers --flip-tta
+
+--data takes what train.run takes. Of a folder PATH/<class>/*.jpg only every
+fifth image is judged, those that train.run would have kept for validation.
 """
 
 
@@ -90,8 +96,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     whole = number(int, above=0)
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt file of a run, or the run folder (its best.pt)")
-    add("--data", metavar="fashion-mini|fashion-mnist|PATH", help="images of the same classes (default: its own)")
+    add("checkpoint", type=path, metavar="CHECKPOINT", help="a .pt file of a run, or the run folder (its best.pt)")
+    add("--data", type=source, metavar="fashion-mini|fashion-mnist|PATH",
+        help="images of the same classes (default: its own)")
     add("--conv", choices=list(models.CONVOLUTIONS), help="which convolution computes it (default: as it was trained)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: auto, the GPU if any)")
     add("--batch-size", type=whole, default=256, metavar="N", help="images a batch (256)")
@@ -99,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--flip-tta", action=argparse.BooleanOptionalAction,
         help="the mean of an image's logits and its mirror image's (default: as it was validated)")
     add("--amp", choices=list(AMP_DTYPES), help="automatic mixed precision (default: as it was validated)")
-    add("--json", type=Path, metavar="FILE", help="write the figures and the confusion matrix into FILE too")
+    add("--json", type=path, metavar="FILE", help="write the figures and the confusion matrix into FILE too")
     return parser
 
 
@@ -108,41 +115,44 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def command(arguments: argparse.Namespace) -> None:
-    console = Console(highlight=False, markup=False, emoji=False)
-    if arguments.json is not None and arguments.json.is_dir():
-        raise UserError(f"--json {arguments.json} is a folder; name a file")
+    console = make_console()
+    if arguments.json is not None:
+        require_place(arguments.json)
     device = pick_device(arguments.device)
-    path = checkpoint_file(arguments.checkpoint)
-    model, saved = load_model(path, conv=arguments.conv, device=device)
-    settings = saved["settings"]
-    conv = arguments.conv or settings["conv"]
-    flip = settings["flip_tta"] if arguments.flip_tta is None else arguments.flip_tta
-    amp = arguments.amp or settings["amp"]
-    backend = backend_of(conv, device)
-    data = load_val(arguments, settings, console)
-    require_same_model(path, saved, settings["model"], data.classes)
+    file = checkpoint_file(arguments.checkpoint)
+    model, saved = load_model(file, conv=arguments.conv, device=device)
+    settings = settings_of(file, saved, arguments)
+    memory_format = layout(settings)
+    backend = backend_of(settings.conv, device)
+    data = load_val(
+        settings.data, settings.image_size, limit=settings.limit_val, console=console,
+        cache=Path(settings.cache) if settings.cache else None,
+    )
+    require_same_model(file, saved, settings.model, data.classes)
     try:
         with one_thread(backend):
             result = evaluate(
-                model, data, image_size=settings["image_size"], batch_size=arguments.batch_size, device=device,
-                memory_format=models.memory_format(conv), amp=amp, flip=flip, console=console,
+                model.to(memory_format=memory_format), data, image_size=settings.image_size,
+                batch_size=arguments.batch_size, device=device, memory_format=memory_format, amp=settings.amp,
+                flip=settings.flip_tta, console=console,
             )
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"not enough GPU memory for {arguments.batch_size} images of {settings['image_size']} px; "
+            f"not enough GPU memory for {arguments.batch_size} images of {settings.image_size} px; "
             "take a smaller --batch-size"
         ) from error
     report = {
-        "checkpoint": str(path),
+        "checkpoint": str(file),
         "epoch": saved["epoch"],
-        "model": settings["model"],
-        "conv": conv,
+        "model": settings.model,
+        "conv": settings.conv,
         "backend": backend,
         "device": device_name(device),
         "data": data.name,
-        "image_size": settings["image_size"],
-        "flip_tta": flip,
-        "amp": amp,
+        "split": split_of(data.name),
+        "image_size": settings.image_size,
+        "flip_tta": settings.flip_tta,
+        "amp": settings.amp,
         "images": len(data),
         "loss": result.loss,
         "top1": result.top1,
@@ -158,18 +168,31 @@ def command(arguments: argparse.Namespace) -> None:
     print_report(console, report)
 
 
-def load_val(arguments: argparse.Namespace, settings: dict[str, Any], console: Console) -> Dataset:
-    """The validation images, at the size the checkpoint was trained at."""
-    source = arguments.data or settings["data"]
-    if source not in (FASHION_MINI, FASHION_MNIST):
-        source = str(Path(source).expanduser())
-    _, val = load_data(
-        source, settings["image_size"],
-        limit_train=1,  # training images are not needed, and reading them all would take minutes
-        limit_val=arguments.limit_val, console=console,
-        cache=Path(settings["cache"]) if settings.get("cache") else None,
-    )
-    return val
+def require_place(file: Path) -> None:
+    """Raises UserError where no file can take that name: before the evaluation, which may take long."""
+    if file.is_dir():
+        raise UserError(f"--json {file} is a folder; name a file")
+    if not file.parent.is_dir():
+        raise UserError(f"--json {file}: no folder {file.parent}")
+
+
+def settings_of(file: Path, saved: dict[str, Any], arguments: argparse.Namespace) -> Settings:
+    """The checkpoint's own settings with what was typed in their place; UserError where they are of other times."""
+    typed = {
+        name: value for name in ("data", "conv", "flip_tta", "amp")
+        if (value := getattr(arguments, name)) is not None
+    }
+    try:
+        return replace(Settings(**saved["settings"]), **typed, limit_val=arguments.limit_val)
+    except TypeError as error:
+        raise UserError(f"{file} is of another version of the lab: {error}") from error
+
+
+def split_of(data: str) -> str | None:
+    """What was taken of a folder that has no validation images of its own; None of any other source."""
+    if shows_garments(data) or is_miniplaces(Path(data)) or not is_split(Path(data)):
+        return None
+    return f"every {VAL_EVERY}th image of each class"
 
 
 def by_class(confusion: Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -210,7 +233,8 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     over_all.add_column(style="bold", no_wrap=True)
     over_all.add_column(overflow="fold")
     over_all.add_row("checkpoint", f"{report['checkpoint']}, epoch {report['epoch']}")
-    over_all.add_row("data", f"{report['data']}, {report['images']:,} images, {report['image_size']} px")
+    split = f" ({report['split']})" if report["split"] else ""
+    over_all.add_row("data", f"{report['data']}, {report['images']:,} images{split}, {report['image_size']} px")
     over_all.add_row("computed", ", ".join(how))
     over_all.add_row("top-1", f"{report['top1']:.2f}%")
     over_all.add_row("top-5", describe_top5(report["top5"], len(report["classes"])))

@@ -9,7 +9,8 @@ from PIL import Image, ImageOps
 
 from train.cli import UserError
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+PNM = (".pbm", ".pgm", ".pnm", ".ppm")
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", *PNM})
 VAL_EVERY = 5
 # What Pillow raises for bytes that are no image, depending on the format and on where they are wrong.
 BROKEN_IMAGE = (
@@ -30,19 +31,21 @@ class ImageFiles:
     classes: tuple[str, ...]
 
 
-def list_folder(root: Path) -> tuple[ImageFiles, ImageFiles, str]:
+def list_folder(root: Path, *, need_train: bool = True) -> tuple[ImageFiles, ImageFiles, str]:
     """(train, val, a notice of how it was split or ""); raises UserError naming the folder that is wrong.
 
-    Images come class after class, in name order.
+    Images come class after class, in name order. Unless they are needed, PATH/train and its images are left alone and
+    may be absent beside a PATH/val.
     """
     if not root.is_dir():
         raise UserError(f"no data folder {str(root)!r}; --data takes fashion-mini, fashion-mnist or a folder of images")
     has_train, has_val = (root / "train").is_dir(), (root / "val").is_dir()
-    if has_train != has_val:
+    if has_train != has_val and (need_train or not has_val):
         there, missing = ("train", "val") if has_train else ("val", "train")
         raise UserError(f"{root} has a {there} folder but no {missing} folder")
-    if has_train:
-        train, val = images_by_class(root / "train"), images_by_class(root / "val")
+    if has_val:
+        val = images_by_class(root / "val")
+        train = images_by_class(root / "train") if need_train else {name: [] for name in val}
         if train.keys() != val.keys():
             odd = sorted(train.keys() ^ val.keys())[0]
             raise UserError(f"class {odd!r} is in only one of {root / 'train'} and {root / 'val'}")
@@ -56,6 +59,11 @@ def list_folder(root: Path) -> tuple[ImageFiles, ImageFiles, str]:
     train = {name: [p for i, p in enumerate(paths) if i % VAL_EVERY] for name, paths in classes.items()}
     notice = f"{root} has no train and val folders: every {VAL_EVERY}th image of each class, by name, is for validation"
     return flatten(train), flatten(val), notice
+
+
+def is_split(root: Path) -> bool:
+    """Whether list_folder takes every VAL_EVERYth image of a folder for validation, for want of a train and a val."""
+    return not any((root / part).is_dir() for part in ("train", "val"))
 
 
 def images_by_class(root: Path) -> dict[str, list[Path]]:

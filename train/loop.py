@@ -37,10 +37,14 @@ class Stopped(Exception):
 
 
 class Trainer:
-    """One run: the model, its optimiser, and the position in the training."""
+    """One run: the model, its optimiser, and the position in the training.
+
+    `saved` is what the last.pt of an earlier part of the run holds: it is taken up there.
+    """
 
     def __init__(
         self, settings: Settings, train: Dataset, val: Dataset, device: torch.device, folder: Path, world: World,
+        saved: dict | None = None,
     ):
         self.settings, self.train, self.val, self.device, self.folder = settings, train, val, device, folder
         self.world = world
@@ -55,7 +59,11 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = models.build(settings.model, settings.conv, len(train.classes), settings.image_size)
         initialise(self.model, settings.init)
-        load_initial_weights(self.model, settings, train.classes)
+        if saved is None:
+            for turn in (True, False):  # rank 0 first: what it downloads the others find
+                if world.is_main is turn:
+                    load_initial_weights(self.model, settings, train.classes)
+                world.share(None)
         self.model = world.sync_norms(self.model.to(device, memory_format=self.memory_format), device)
         self.average = MovingAverage(self.model, settings.ema) if settings.ema else None
         self.forward = world.wrap(self.model, device)
@@ -71,6 +79,8 @@ class Trainer:
         self.best = {"epoch": 0, "val_top1": -1.0}
         self.saved_step, self.saved_time = 0, time.monotonic()
         self.records = Records(folder)
+        if saved is not None:
+            self.resume(saved)
 
     @property
     def step(self) -> int:
@@ -202,7 +212,8 @@ class Trainer:
             self.records.write()
         raise UserError(
             f"the {what} became {loss} at step {step} with learning rate {lr:.3g}; "
-            f"{self.folder / 'last.pt'} holds step {self.saved_step}"
+            f"{self.folder / checkpoint.LAST} holds step {self.saved_step}; "
+            "start again with a smaller --lr, or with --clip"
         )
 
     def save(self, *, is_best: bool = False, val_top1: float | None = None) -> None:
@@ -221,8 +232,8 @@ class Trainer:
             "epoch": self.epoch, "step": self.step, "val_top1": val_top1, "model": self.evaluated.state_dict(),
         }
         if is_best:
-            checkpoint.save(self.folder / "best.pt", contents)
-        checkpoint.save(self.folder / "last.pt", contents | {
+            checkpoint.save(self.folder / checkpoint.BEST, contents)
+        checkpoint.save(self.folder / checkpoint.LAST, contents | {
             "batch": self.batch, "data": [self.train.fingerprint, self.val.fingerprint],
             "trained_model": self.model.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
@@ -231,10 +242,8 @@ class Trainer:
 
     def resume(self, saved: dict) -> None:
         """Takes up the position that last.pt holds, `saved`; raises UserError where it is not of this run."""
-        path = self.folder / "last.pt"
+        path = self.folder / checkpoint.LAST
         checkpoint.require_same_model(path, saved, self.settings.model, self.train.classes)
-        if saved.get("settings") != asdict(self.settings):
-            raise UserError(f"{path} is of other settings than {self.folder / 'config.json'} names")
         if saved.get("data") != [self.train.fingerprint, self.val.fingerprint]:
             raise UserError(f"the images of {self.settings.data} are not those that {path} was trained on")
         try:

@@ -54,7 +54,9 @@ class Profiler:
         with atomic_write(self.folder / "profile.txt") as file:
             file.write(averages.table(sort_by=self.sort_by, row_limit=-1, max_name_column_width=60).encode())
         trace = self.folder / "trace.json"
-        self._profile.export_chrome_trace(str(trace))
+        temporary = trace.with_name(f".{trace.name}.{os.getpid()}.tmp")
+        self._profile.export_chrome_trace(str(temporary))
+        os.replace(temporary, trace)
         self.console.print(operator_table(averages, self.steps, self.sort_by), highlight=False)
         self.console.print(
             f"all operators in {self.folder / 'profile.txt'}; {trace} opens in chrome://tracing or ui.perfetto.dev",

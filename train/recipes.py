@@ -6,7 +6,7 @@ The command line replaces only what was typed. A run keeps its settings in confi
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from train.data import FASHION_MINI, FASHION_MNIST
+from train.data import FASHION_MINI, shows_garments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,24 +139,31 @@ RECIPES = {
 FOR_MODEL: dict[tuple[str, str], dict[str, Any]] = {
     ("writeup", "simplevit"): dict(optimizer="adamw", epochs=90, lr=0.01, weight_decay=0.05, clip=1.0),
     ("modern", "simplevit"): dict(epochs=90, lr=1e-3, init="pytorch"),
-    ("modern", "resnet18"): dict(optimizer="sgd", nesterov=True, lr=0.01, weight_decay=5e-4, init="pytorch"),
+    ("modern", "resnet18"): dict(init="pytorch"),
     ("quick", "simplevit"): dict(lr=1e-3, init="pytorch"),
     ("quick", "resnet18"): dict(lr=1e-3, init="pytorch"),
+}
+# What a recipe changes besides where pretrained weights are fine-tuned, which large steps would wipe out.
+FINE_TUNING: dict[str, dict[str, Any]] = {
+    "modern": dict(optimizer="sgd", nesterov=True, lr=0.01, weight_decay=5e-4),
 }
 # What quick changes for photographs, which are fewer to the class and harder than fashion's.
 QUICK_PHOTOS: dict[str, Any] = dict(epochs=10, batch_size=64, lr=2e-3, flip=True, crop_area=0.5, crop_ratio=0.2)
 
-FASHION = (FASHION_MINI, FASHION_MNIST)
 
+def make_recipe(name: str, model: str, data: str, weights: str | None = None) -> Settings:
+    """The settings of recipe `name` for a model on `data` (a folder's path, or a name in train.data.NAMED).
 
-def make_recipe(name: str, model: str, data: str) -> Settings:
-    """The settings of recipe `name` for a model on `data` (a folder's path, or a name in FASHION)."""
-    settings = replace(RECIPES[name], model=model, weights="imagenet" if model == "resnet18" else "none")
-    if name == "quick" and data not in FASHION:
+    weights     as --weights; None is ImageNet's for ResNet18
+    """
+    weights = weights or ("imagenet" if model == "resnet18" else "none")
+    settings = replace(RECIPES[name], model=model, weights=weights)
+    if name == "quick" and not shows_garments(data):
         settings = replace(settings, **QUICK_PHOTOS)
-    return replace(settings, **FOR_MODEL.get((name, model), {}))
+    tuning = FINE_TUNING.get(name, {}) if weights != "none" else {}
+    return replace(settings, **FOR_MODEL.get((name, model), {}), **tuning)
 
 
 def default_recipe(data: str, device: str) -> str:
     """"quick" for Fashion-MNIST or without a GPU, where 60 epochs would take days; else "writeup"."""
-    return "quick" if data in FASHION or device == "cpu" else "writeup"
+    return "quick" if shows_garments(data) or device == "cpu" else "writeup"

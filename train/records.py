@@ -28,6 +28,7 @@ class Records:
         self.epochs: list[dict[str, str]] = []
         self.steps: list[dict[str, str]] = []
         self._events: list[Event] = []
+        self._event_file: Path | None = None
 
     def add_step(self, step: int, lr: float, loss: float) -> None:
         """`step` counts from 1; `lr` is the rate it was made with."""
@@ -44,7 +45,9 @@ class Records:
         write_csv(self.folder / "steps.csv", STEP_COLUMNS, self.steps)
         write_csv(self.folder / "metrics.csv", EPOCH_COLUMNS, self.epochs)
         if self._events:
-            append_events(self.folder, self._events)
+            if self._event_file is None:  # one of this process's own: an earlier one's may end in a torn record
+                self._event_file = new_event_file(self.folder)
+            append_events(self._event_file, self._events)
             self._events = []
 
     def read(self, *, up_to_step: int, up_to_epoch: int) -> None:
@@ -66,16 +69,16 @@ class Records:
         self._events.append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
 
-def append_events(folder: Path, events: list[Event]) -> None:
-    """Adds to the folder's event file, or begins one.
+def new_event_file(folder: Path) -> Path:
+    """A file that TensorBoard reads after those that are there already."""
+    path = folder / f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}.0"
+    append_events(path, [Event(wall_time=time.time(), file_version="brain.Event:2")])
+    return path
 
-    Not by torch's SummaryWriter: it writes in a thread, where a full disk becomes a traceback of the thread's.
-    """
-    existing = sorted(folder.glob("events.out.tfevents.*"))
-    if not existing:
-        events = [Event(wall_time=time.time(), file_version="brain.Event:2"), *events]
-    name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
-    with open(existing[-1] if existing else folder / name, "ab") as file:
+
+def append_events(path: Path, events: list[Event]) -> None:
+    """Not by torch's SummaryWriter: it writes in a thread, where a full disk becomes a traceback of the thread's."""
+    with open(path, "ab") as file:
         writer = RecordWriter(file)
         for event in events:
             writer.write(event.SerializeToString())

@@ -15,8 +15,7 @@ from train.cli import UserError
 from train.files import read_csv
 from train.records import EPOCH_COLUMNS
 from train.report import backend_of
-
-CONFIG, METRICS, SUMMARY = "config.json", "metrics.csv", "summary.json"
+from train.run_folder import CONFIG, METRICS, SUMMARY
 
 # Settings that change neither what is learned nor what is measured.
 IRRELEVANT = {"seed", "cache"}

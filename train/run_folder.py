@@ -1,0 +1,133 @@
+"""A run's folder: who may make it, who may train in it, and what it says of the run.
+
+Each of FILES is a contract with those who read runs; a folder that holds one of them is never written over.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from train import checkpoint
+from train.cli import UserError
+from train.data import NAMED
+from train.files import create_json, read_csv
+from train.recipes import Settings
+
+CONFIG, STEPS, METRICS, SUMMARY = "config.json", "steps.csv", "metrics.csv", "summary.json"
+FILES = (CONFIG, STEPS, METRICS, SUMMARY, checkpoint.BEST, checkpoint.LAST)
+
+# Where a run finds things and computes; another machine's may differ.
+PLACES = ("data", "cache", "device")
+
+
+def default_folder(settings: Settings, started: float) -> Path:
+    name = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
+    return Path("runs", f"{settings.model}-{settings.conv}-{name}")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, settings: Settings, *, exact: bool) -> Iterator[Path]:
+    """The run's folder with its config.json, proved writable and ours alone before anything slow happens.
+
+    Where the user named it, it must be this `exact` one; otherwise one that is taken gets a number behind its name.
+    Where no checkpoint was written into it, config.json and the folders made for it are gone again.
+    """
+    data = Path(settings.data)
+    if settings.data not in NAMED and not (data / "train").exists() and not (data / "train.txt").exists():
+        for flag, path in (("--out", folder), ("--cache", settings.cache)):
+            if path is not None and Path(path).absolute().is_relative_to(data):
+                raise UserError(f"{path} would lie among the class folders of {data}; take another {flag}")
+    wanted, again = folder, 1
+    while True:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if any((folder / name).exists() for name in FILES):
+                raise FileExistsError
+            create_json(folder / CONFIG, dataclasses.asdict(settings))  # of two processes, one can
+            break
+        except FileExistsError:
+            if exact:
+                raise UserError(
+                    f"{folder} already holds a run; take another --out, or go on with it by "
+                    f"--resume {shlex.quote(str(folder))}"
+                ) from None
+            again += 1
+            folder = wanted.with_name(f"{wanted.name}-{again}")
+        except OSError:
+            remove(folder, made)
+            raise
+    try:
+        with the_only_one(folder):
+            yield folder
+    finally:
+        if not (folder / checkpoint.LAST).exists():
+            remove(folder, made)
+
+
+@contextlib.contextmanager
+def the_only_one(folder: Path) -> Iterator[None]:
+    """No other process of this machine trains in `folder` inside the block; raises UserError where one does."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"no run to resume in {folder}: it has no {path.name}")
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {folder}") from None
+        yield
+
+
+def remove(folder: Path, made: list[Path]) -> None:
+    """What a run writes before its first checkpoint, and those of the folders `made`, innermost first, left empty."""
+    with contextlib.suppress(OSError):
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
+        for path in made:
+            path.rmdir()
+
+
+def read_run(folder: Path) -> tuple[Settings, dict | None]:
+    """The settings of the run in `folder` and what last.pt holds, which must have been made with them.
+
+    A run killed before its first checkpoint was whole has nothing to lose: None, it starts from the beginning.
+    """
+    path = folder / CONFIG
+    try:
+        settings = Settings(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged or of another version: {error}") from error
+    if not has_begun(folder):
+        return settings, None
+    saved = checkpoint.load(folder / checkpoint.LAST)
+    if without_places(saved.get("settings", {})) != without_places(dataclasses.asdict(settings)):
+        raise UserError(f"{folder / 'last.pt'} is of other settings than {path} names")
+    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink()
+    return settings, saved
+
+
+def has_settings(folder: Path, settings: Settings) -> bool:
+    """Whether `folder` holds a run with these settings."""
+    try:
+        return json.loads((folder / CONFIG).read_text()) == dataclasses.asdict(settings)
+    except (OSError, ValueError):
+        return False
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a step was made in it; last.pt is first written before that, after the tables without rows."""
+    if any((folder / name).exists() for name in (checkpoint.LAST, checkpoint.BEST, SUMMARY)):
+        return True
+    steps = folder / STEPS
+    return steps.exists() and bool(read_csv(steps))
+
+
+def without_places(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name not in PLACES}
