@@ -26,6 +26,7 @@ BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.5, 5, 200
 
 ROWS = pytest.StashKey[list[Row]]()
 FEEDING = pytest.StashKey[dict[str, float]]()
+ATTACKING = pytest.StashKey[dict[str, tuple]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
-    config.stash[FEEDING] = {}
+    config.stash[FEEDING], config.stash[ATTACKING] = {}, {}
     if device_of(config).type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--bench-device cuda: PyTorch sees no GPU here")
     # pytest-benchmark's own tables in 80 columns, unless other columns or names were asked for.
@@ -114,6 +115,12 @@ def feeding(request: pytest.FixtureRequest) -> dict[str, float]:
 
 
 @pytest.fixture
+def attacking(request: pytest.FixtureRequest) -> dict[str, tuple]:
+    """What bench/test_attacks.py found: (the first contender, seconds and ratios of each, conditions) by row."""
+    return request.config.stash[ATTACKING]
+
+
+@pytest.fixture
 def timed(benchmark, request, device, size, where, before_each) -> Callable[..., None]:
     """timed(call, conv=..., layer=..., error=...) times `call` and keeps the row with its conditions."""
 
@@ -173,6 +180,7 @@ def synchronise(device: torch.device) -> None:
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables: what is read first is what stands last
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     tell_feeding(terminalreporter, config.stash[FEEDING])
+    tell_attacking(terminalreporter, config.stash[ATTACKING], device_of(config))
     rows = config.stash[ROWS]
     if not rows:
         return
@@ -205,3 +213,17 @@ def tell_feeding(terminalreporter: pytest.TerminalReporter, feeding: dict[str, f
     if "data_wait_pct" in feeding:
         share = feeding["data_wait_pct"]
         terminalreporter.write_line(f"wait for data: {share:.1f}% of SimpleNet's steps (native, batch 64, 2 threads)")
+
+
+def tell_attacking(terminalreporter: pytest.TerminalReporter, rows: dict[str, tuple], device: torch.device) -> None:
+    """Milliseconds and paired ratios, where bench/test_attacks.py ran."""
+    if not rows:
+        return
+    terminalreporter.write_sep("=", f"attacks on SimpleNet, {device_name(device)}")
+    for what, (first, seconds, ratios, facts) in rows.items():
+        backend = backend_of(facts["conv"], device)
+        shape = "x".join(map(str, facts["x_shape"]))
+        terminalreporter.write_line(f"{what}, {shape} ({backend})")
+        for name, value in seconds.items():
+            ratio = f"   {first} / this: {ratios[name]:.3f}" if name in ratios else ""
+            terminalreporter.write_line(f"  {name:12} {1e3 * value:10,.1f} ms{ratio}")

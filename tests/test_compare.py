@@ -12,7 +12,7 @@ from train import compare, writeup
 from train.files import write_csv
 from train.recipes import RECIPES
 from train.records import EPOCH_COLUMNS
-from train.runs import crossing_epoch
+from train.runs import crossing_epoch, group_runs, read_run
 
 VAL = (30.0, 40.0, 44.0)
 TRAIN = (20.0, 39.0, 46.0)
@@ -199,6 +199,81 @@ def test_different_images_are_warned_of(other, make_run, compare_run):
     assert len({row["settings"] for row in rows}) == 2
 
 
+def test_a_setting_that_is_off_is_left_out(make_run, compare_run):
+    make_run("a", clip=None)
+    make_run("b", clip=1.0)
+    assert [row["settings"] for row in compare_run("a", "b")[3]] == ["", "clip=1.0"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "devices"),
+    [
+        pytest.param(dict(), dict(finished=False), ["", ""], id="not-yet-told"),
+        pytest.param(
+            dict(), dict(processor="NVIDIA H100"), ["device=NVIDIA T4", "device=NVIDIA H100"], id="two-names"
+        ),
+        pytest.param(
+            dict(), dict(finished=False, device="cpu"), ["device=NVIDIA T4", "device=cpu"], id="two-kinds"
+        ),
+    ],
+)
+def test_the_device_tells_apart_those_who_have_told_it(first, second, devices, make_run, compare_run):
+    make_run("a", lr=0.1, **first)
+    make_run("b", lr=0.2, **second)
+    rows = compare_run("a", "b")[3]
+    assert [[part for part in row["settings"].split(", ") if "device" in part] for row in rows] == [
+        [device] if device else [] for device in devices
+    ]
+
+
+# ---------------------------------------------------------------- the figure
+
+
+@pytest.mark.parametrize(
+    ("label", "lines"),
+    [
+        pytest.param("a net, x=1, y=2", ["a net, x=1,", "y=2"], id="after-commas"),
+        pytest.param("a net, x=1 2 3 4", ["a net,", "x=1 2 3 4"], id="not-within-a-setting"),
+        pytest.param("a net, x-1=2345678901234", ["a net, x-1=2", "345678901234"], id="unless-it-is-too-long"),
+        pytest.param("a net, x=1", ["a net, x=1"], id="short"),
+    ],
+)
+def test_labels_are_wrapped(label, lines):
+    assert compare.wrap(label, 12).split("\n") == lines
+
+
+@pytest.mark.parametrize("count", [1, 8, 20])
+@pytest.mark.parametrize(
+    "label",
+    [
+        pytest.param("simplenet torch modern", id="short"),
+        pytest.param(
+            f"simplenet torch modern, data={'x' * 255}, weight_decay=0.0001, label_smoothing=0.1 (n=3), unfinished",
+            id="long",
+        ),
+    ],
+)
+def test_the_legend_lies_below_the_axes_and_leaves_them_their_size(count, label, make_run):
+    groups = group_runs(read_run(make_run(f"{i}", lr=0.01 * (i + 1))) for i in range(count))
+    figure = compare.draw(groups, [label] * count)
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    below, plot, title = (artist.get_tightbbox() for artist in (legend, axes, figure._suptitle))
+    assert 0 <= below.y0 < below.y1 <= plot.y0 < plot.y1 <= title.y0 < title.y1 <= figure.bbox.y1
+    assert min(below.x0, title.x0) >= 0
+    assert max(below.x1, title.x1) <= figure.bbox.x1
+    assert axes.bbox.width > 0.8 * figure.bbox.width
+    assert axes.bbox.height > 4 * figure.dpi
+
+
+def test_a_data_folder_of_a_long_name_fits_the_title(make_run):
+    groups = group_runs([read_run(make_run("a", data=f"/data/{'x' * 255}"))])
+    figure = compare.draw(groups, ["a"])
+    figure.draw_without_rendering()
+    title = figure._suptitle.get_tightbbox()
+    assert 0 <= title.x0 < title.x1 <= figure.bbox.x1
+
+
 def test_tables_fit_80_columns(make_run, compare_run):
     make_run("a", model="customnet", conv="unfold", val=(1.0, 100.0), train=(1.0, 100.0), seed=0, speed=123456.7)
     make_run("b", model="customnet", conv="unfold", val=(1.0, 50.0), train=(2.0, 50.0), seed=1, speed=123456.7)
@@ -262,7 +337,16 @@ def test_a_damaged_run_is_one_line(spoil, words, make_run, compare_run, tmp_path
     assert not (tmp_path / "compare.png").exists()
 
 
-@pytest.mark.parametrize(("arguments", "word"), [(["nowhere"], "nowhere"), (["."], "no run"), ([], "RUN")])
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["nowhere"], "nowhere"),
+        (["."], "no run"),
+        ([], "RUN"),
+        (["~nobody-of-that-name/a"], "~nobody-of-that-name/a"),
+        ([".", "--out", "~nobody-of-that-name/a"], "--out: ~nobody-of-that-name/a"),
+    ],
+)
 def test_no_runs_is_one_line(arguments, word, compare_run):
     code, out, err, _ = compare_run(*arguments)
     assert (code, out) == (2, "")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from rich.console import Console
 
 import models
@@ -137,6 +138,86 @@ def test_a_checkpoint_is_judged_as_it_was_validated_unless_told_otherwise(make_c
     assert told[0]["loss"] != told[1]["loss"]
 
 
+@pytest.mark.parametrize(
+    ("conv", "channels_last", "expected"),
+    [
+        ("torch", True, torch.channels_last),
+        ("torch", False, torch.contiguous_format),
+        ("unfold", True, torch.contiguous_format),
+        ("triton", False, torch.channels_last),
+    ],
+)
+def test_parameters_and_batches_lie_as_in_validation(
+    conv, channels_last, expected, make_checkpoint, evaluate_run, monkeypatch
+):
+    told = []
+    original = evaluate.evaluate
+
+    def spy(model, data, **options):
+        weight = max(model.parameters(), key=torch.Tensor.dim)
+        told.append((options["memory_format"], weight.is_contiguous(memory_format=expected)))
+        return original(model, data, **options)
+
+    monkeypatch.setattr(evaluate, "evaluate", spy)
+    path = make_checkpoint("best.pt", channels_last=channels_last)
+    assert evaluate_run(path, "--limit-val", 2, "--conv", conv)[0] == 0
+    assert told == [(expected, True)]
+
+
+# ---------------------------------------------------------------- folders of images
+
+
+@pytest.fixture
+def folder_checkpoint(make_checkpoint):
+    """A checkpoint for folders of the classes a and b."""
+    return make_checkpoint("best.pt", classes=("a", "b"), image_size=16)
+
+
+def test_a_folder_with_val_alone_is_judged_whole(make_images, folder_checkpoint, evaluate_run, tmp_path):
+    make_images(tmp_path / "d", {"val/a": 6, "val/b": 3})
+    code, out, err, report = evaluate_run(folder_checkpoint, "--data", "d")
+    assert (code, err) == (0, "")
+    assert (report["images"], report["split"]) == (9, None)
+    assert "every" not in out
+
+
+def test_training_images_are_neither_read_nor_kept(make_images, folder_checkpoint, evaluate_run, tmp_path):
+    make_images(tmp_path / "d", {"train/a": 1, "train/b": 1, "val/a": 2, "val/b": 1})
+    (tmp_path / "d/train/a/000.jpg").write_text("no picture")
+    assert evaluate_run(folder_checkpoint, "--data", "d")[3]["images"] == 3
+    assert [path.name[:6] for path in (tmp_path / "cache/conv-lab").glob("*.images")] == ["d-val-"]
+
+
+def test_of_plain_class_folders_a_fifth_is_judged_and_that_is_said(
+    make_images, folder_checkpoint, evaluate_run, tmp_path
+):
+    make_images(tmp_path / "d", {"a": 10, "b": 5})
+    _, out, _, report = evaluate_run(folder_checkpoint, "--data", "d")
+    assert report["images"] == 3
+    box = " ".join(out.split("╭")[1].replace("│", " ").split())  # as it is folded into the table
+    assert "3 images (every 5th image of each class), 16 px" in box
+
+
+def test_fashion_mini_is_not_called_a_split(make_checkpoint, evaluate_run):
+    assert evaluate_run(make_checkpoint("best.pt"), "--limit-val", 2)[3]["split"] is None
+
+
+def test_miniplaces_is_not_called_a_split(make_images, folder_checkpoint, evaluate_run, tmp_path):
+    make_images(tmp_path / "d/images", {"a": 2, "b": 2})
+    for part, number in (("train", 0), ("val", 1)):
+        (tmp_path / f"d/{part}.txt").write_text(f"a/00{number}.jpg 0\nb/00{number}.jpg 1\n")
+    report = evaluate_run(folder_checkpoint, "--data", "d")[3]
+    assert (report["images"], report["split"]) == (2, None)
+
+
+def test_every_name_of_a_pnm_file_counts(folder_checkpoint, evaluate_run, tmp_path):
+    for name, mode in (("a/0.pbm", "1"), ("a/1.pgm", "L"), ("a/2.ppm", "RGB"), ("b/3.pnm", "L"), ("b/4.PNM", "RGB")):
+        file = tmp_path / "d/val" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (20, 20)).save(file, format="PPM")
+    assert evaluate_run(folder_checkpoint, "--data", "d")[3]["images"] == 5
+
+
 def test_100_classes_fit_80_columns(make_images, make_checkpoint, evaluate_run, tmp_path):
     names = [f"natural_history_museum[{i:02}]" for i in range(100)]
     make_images(tmp_path / "d", {f"{part}/{name}": 1 for part in ("train", "val") for name in names}, size=(20, 20))
@@ -178,6 +259,9 @@ def test_other_classes_are_refused_by_name(classes, words, make_checkpoint, eval
         pytest.param(["misfit.pt"], ["misfit.pt", "fit"], id="weights-of-another-model"),
         pytest.param(["unknown.pt"], ["unknown.pt", "alexnet"], id="unknown-model"),
         pytest.param(["bare.pt"], ["bare.pt", "damaged"], id="without-settings"),
+        pytest.param(["old.pt"], ["old.pt", "sed"], id="settings-of-another-version"),
+        pytest.param(["~nobody-of-that-name/a.pt"], ["~nobody-of-that-name/a.pt"], id="unknown-user"),
+        pytest.param(["good.pt", "--data", "~nobody-of-that-name/d"], ["--data: ~nobody"], id="data-of-unknown-user"),
         pytest.param([], ["CHECKPOINT"], id="nothing-named"),
     ],
 )
@@ -188,6 +272,9 @@ def test_a_mistake_is_one_line(arguments, words, make_checkpoint, evaluate_run, 
     saved["model"].popitem()
     torch.save(saved, tmp_path / "misfit.pt")
     torch.save({"format": checkpoint.FORMAT}, tmp_path / "bare.pt")
+    saved = torch.load(make_checkpoint("old.pt"), weights_only=True)
+    saved["settings"]["sed"] = saved["settings"].pop("seed")
+    torch.save(saved, tmp_path / "old.pt")
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("no checkpoint")
     code, out, err, _ = evaluate_run(*arguments)
@@ -196,6 +283,15 @@ def test_a_mistake_is_one_line(arguments, words, make_checkpoint, evaluate_run, 
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(("place", "words"), [("nodir/x.json", "no folder nodir"), (".", "is a folder")])
+def test_a_place_where_no_json_can_go_is_told_before_anything_else(place, words, run_main):
+    code, out, err = run_main(evaluate.main, "nowhere.pt", "--json", place)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"train.evaluate: error: --json {place}")
+    assert words in err
+    assert err.count("\n") == 1
 
 
 def test_load_model_is_ready_to_use(make_checkpoint):

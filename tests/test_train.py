@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
 import train.files
+from train import report
 from train.meter import Meter
 from train.optim import learning_rate
 from train.recipes import RECIPES, default_recipe, make_recipe
@@ -174,6 +176,15 @@ def test_curves_are_a_picture(finished):
     with Image.open(folder / "curves.png") as image:
         image.load()
         assert image.size[0] > 800
+
+
+@pytest.mark.parametrize(
+    ("steps", "labels"), [(1, ["each step"]), (99, ["each step"]), (100, ["each step", "mean of 2"])]
+)
+def test_the_loss_is_smoothed_only_over_two_steps_or_more(steps, labels):
+    axes = Figure().subplots()
+    report.draw_losses(axes, list(range(steps)), [float(i) for i in range(steps)])
+    assert [line.get_label() for line in axes.lines] == labels
 
 
 def test_events_hold_every_step_and_epoch(finished):

@@ -89,7 +89,8 @@ def command(arguments: argparse.Namespace) -> None:
     groups = group_runs(begun)
     names = distinguish(groups)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    draw(groups, list(map(label_of, groups, names)), arguments.out / "compare.png")
+    with atomic_write(arguments.out / "compare.png") as file:
+        draw(groups, list(map(label_of, groups, names))).savefig(file, format="png")
     write_csv(arguments.out / "compare.csv", CSV_COLUMNS, map(csv_row, groups, names))
 
     print_tables(console, groups, names)
@@ -294,7 +295,7 @@ FIGURE_SIZE = (9, 5.5)  # inches, without the legend
 LEGEND_WIDTH, TITLE_WIDTH = 56, 80  # characters a line; two columns of a legend in its small type fill the figure
 
 
-def draw(groups: Sequence[Group], labels: Sequence[str], path: Path) -> None:
+def draw(groups: Sequence[Group], labels: Sequence[str]) -> Figure:
     """Validation top-1 of every group by epoch, its train top-1 dashed, and the epoch at which train passes marked."""
     colours = matplotlib.colormaps["tab10" if len(groups) <= 10 else "tab20"].colors
     figure = Figure(figsize=FIGURE_SIZE, dpi=110, layout="constrained")
@@ -326,8 +327,7 @@ def draw(groups: Sequence[Group], labels: Sequence[str], path: Path) -> None:
         keys["± standard deviation over seeds"] = dict(linewidth=7, alpha=0.2)
     handles += [Line2D([], [], color="black", label=label, **style) for label, style in keys.items()]
     add_legend(figure, handles)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    return figure
 
 
 def label_of(group: Group, name: Sequence[str]) -> str:

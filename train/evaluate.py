@@ -46,8 +46,10 @@ examples:
                                      its last one, by PyTorch's convolution
   python -m train.evaluate best.pt --data ~/flowers --flip-tta
 
---data takes what train.run takes. Of a folder PATH/<class>/*.jpg only every
-fifth image is judged, those that train.run would have kept for validation.
+--data takes what train.run takes, and PATH/val/<class>/*.jpg without a train.
+Of a folder PATH/<class>/*.jpg only every fifth image is judged, those that
+train.run would have kept for validation; to have all of them judged, call it
+PATH/val and name PATH.
 """
 
 

@@ -157,18 +157,24 @@ def draw_curves(folder: Path, title: str, *, label_smoothing: float = 0.0) -> No
     rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     rate.ticklabel_format(axis="y", scilimits=(-2, 3))
 
-    losses = [float(row["loss"]) for row in steps]
-    loss.plot(numbers, losses, color=TRAIN_COLOUR, alpha=0.35, linewidth=0.8, label="each step")
-    window = max(1, len(steps) // 50)
-    smooth = [sum(losses[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
-    loss.plot(numbers, smooth, color=TRAIN_COLOUR, label=f"mean of {window}")
+    draw_losses(loss, numbers, [float(row["loss"]) for row in steps])
     smoothed = f"\n(cross-entropy, label smoothing {label_smoothing:g})" if label_smoothing else ""
     loss.set(xlabel="step", ylabel=f"training loss{smoothed}", ylim=(0, None))
-    loss.legend()
     for axes in (top1, top5, rate, loss):
         axes.grid(alpha=0.3)
     with atomic_write(folder / "curves.png") as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def draw_losses(axes: Axes, numbers: list[int], losses: list[float]) -> None:
+    """The loss of each step and, where there are steps enough, its mean over the last fiftieth of their number."""
+    window = len(losses) // 50
+    faint = dict(alpha=0.35, linewidth=0.8) if window > 1 else {}
+    axes.plot(numbers, losses, color=TRAIN_COLOUR, label="each step", **faint)
+    if window > 1:
+        smooth = [sum(losses[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
+        axes.plot(numbers, smooth, color=TRAIN_COLOUR, label=f"mean of {window}")
+    axes.legend()
 
 
 def draw_accuracy(axes: Axes, epochs: list[dict[str, str]], column: str, label: str) -> None:
