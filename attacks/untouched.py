@@ -14,8 +14,8 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     Kept, also after an exception: the training flag of each layer, `requires_grad` and `.grad` of each parameter,
     BatchNorm's statistics, and PyTorch's random state on the CPU and on `device`.
 
-    Frozen parameters are what makes an attack step as cheap as the input's gradient alone: a convolution computes its
-    weight's gradient wherever the weight asks for one, wanted or not.
+    Frozen parameters make an attack step as cheap as the input's gradient alone: an autograd.Function, as the unfolding
+    convolution is, computes its weight's gradient wherever the weight asks for one, wanted or not.
     """
     training = [(module, module.training) for module in model.modules()]
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
