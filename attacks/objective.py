@@ -91,6 +91,13 @@ def make_objective(target: str | Tensor, y: Tensor | None, x: Tensor) -> Objecti
     return Objective(target, labels, labels)
 
 
+def check_images(x: Tensor) -> Tensor:
+    """x without its history; ValueError unless it is a batch of images in a precision to attack or explain in."""
+    if x.dim() != 4 or x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x must be (N, C, H, W) of float32 or float64, got {tuple(x.shape)} of {x.dtype}")
+    return x.detach()
+
+
 def check_labels(name: str, labels: Tensor, x: Tensor) -> Tensor:
     if labels.shape != x.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(

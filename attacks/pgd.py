@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.ball import L2, Bounds, Linf, Size, check_size, make_ball, pick
-from attacks.objective import Objective, make_objective
+from attacks.objective import Objective, check_images, make_objective
 from attacks.untouched import untouched
 
 
@@ -205,11 +205,9 @@ def make_attack(
     epsilon: Size, norm: str, bounds: Bounds | None,
 ) -> Attack:
     """Raises ValueError for arguments that do not fit."""
-    if x.dim() != 4 or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x must be (N, C, H, W) of float32 or float64, got {tuple(x.shape)} of {x.dtype}")
+    x = check_images(x)
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
-    x = x.detach()
     ball, step_size = make_ball(norm, epsilon, bounds, x), check_size("step_size", step_size, x)
     for name, size in {"epsilon": ball.epsilon, "step_size": step_size}.items():
         if norm == "l2" and isinstance(size, Tensor) and size.shape[-3:].numel() != 1:

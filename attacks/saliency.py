@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.objective import check_labels
+from attacks.objective import check_images, check_labels
 from attacks.untouched import untouched
 
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -36,13 +36,13 @@ def saliency(model: nn.Module, x: Tensor, labels: Tensor | None = None) -> Tenso
     labels      (N,), whose cross-entropy to take; None is the predicted class
 
     Simonyan et al. 2013, "Deep inside convolutional networks", section 3, which takes a class score's gradient;
-    MISSION section 5 takes the cross-entropy's. The gradient is taken in x's precision, never in mixed precision,
+    the course write-up takes the cross-entropy's. The gradient is taken in x's precision, never in mixed precision,
     whatever the caller's grad mode; the model is left as it was found (`untouched`), and so is x. Zeros everywhere mean
     a model so sure of the class that its gradient is below what x's type holds: in float32, a lead of about 100.
 
     Raises ValueError for arguments that do not fit, and for a model whose logits have no gradient.
     """
-    x, labels = check_images(x, labels)
+    x, labels = check_operands(x, labels)
     with explaining(model, x):
         return strongest_channel(input_gradient(model, x, labels))
 
@@ -63,7 +63,7 @@ def smooth_grad(
 
     Smilkov et al. 2017, "SmoothGrad: removing noise by adding noise", section 3; x, labels and errors as in `saliency`.
     """
-    x, labels = check_images(x, labels)
+    x, labels = check_operands(x, labels)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     if not 0 <= noise < math.inf:
@@ -92,7 +92,7 @@ def grad_cam(model: nn.Module, x: Tensor, layer: nn.Module, labels: Tensor | Non
     Selvaraju et al. 2017, "Grad-CAM: visual explanations from deep networks", equations 1 and 2; x and errors as in
     `saliency`, and ValueError for a layer that does not fit.
     """
-    x, labels = check_images(x, labels)
+    x, labels = check_operands(x, labels)
     if not any(layer is module for module in model.modules()):
         found = type(layer).__name__ if isinstance(layer, nn.Module) else repr(layer)
         raise ValueError(f"layer must be one of the model's own modules, got {found} that is not")
@@ -166,7 +166,7 @@ def randomised_parameters(
     Adebayo et al. 2018, "Sanity checks for saliency maps", section 3 (cascading randomisation). Raises ValueError for
     arguments that do not fit, a model without parameters, and maps that are not (N, H, W).
     """
-    x, labels = check_images(x, labels)
+    x, labels = check_operands(x, labels)
     model = copy.deepcopy(model)
     layers, predicted = layers_and_predictions(model, x)
     labels = predicted if labels is None else labels
@@ -268,11 +268,9 @@ def differentiable(logits: Tensor) -> Tensor:
     return logits
 
 
-def check_images(x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def check_operands(x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x without its history, and labels as int64 on its device; ValueError where they do not fit."""
-    if x.dim() != 4 or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x must be (N, C, H, W) of float32 or float64, got {tuple(x.shape)} of {x.dtype}")
-    return x.detach(), None if labels is None else check_labels("labels", labels, x)
+    return check_images(x), None if labels is None else check_labels("labels", labels, x)
 
 
 def layers_and_predictions(model: nn.Module, x: Tensor) -> tuple[list[str], Tensor]:
