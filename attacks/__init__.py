@@ -11,9 +11,9 @@ from attacks.saliency import (
     saliency,
     smooth_grad,
 )
-from attacks.sweep import Setting, sweep
+from attacks.sweep import Setting, Swept, sweep
 
 __all__ = [
-    "AttackReport", "Randomised", "Setting", "apgd", "attack_report", "fgsm", "grad_cam", "last_convolution", "pgd",
-    "randomised_parameters", "rank_correlation", "saliency", "smooth_grad", "sweep",
+    "AttackReport", "Randomised", "Setting", "Swept", "apgd", "attack_report", "fgsm", "grad_cam", "last_convolution",
+    "pgd", "randomised_parameters", "rank_correlation", "saliency", "smooth_grad", "sweep",
 ]

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from attacks.pgd import make_attack
@@ -33,10 +32,20 @@ WRITEUP = tuple(
 )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Swept:
+    """N images under one setting."""
+
+    logits: Tensor
+    """(N, K), of the adversarial images."""
+    zero_gradient: Tensor
+    """(N,), the share of the gradients' entries that were exactly 0, mean over the steps."""
+
+
 def sweep(
     model: nn.Module, x: Tensor, target: str | Tensor, y: Tensor | None = None, *, settings: Sequence[Setting] = WRITEUP
-) -> list[Tensor]:
-    """The logits (N, K) of x (N, C, H, W) under each of the settings, in their order; target and y as in `pgd`.
+) -> list[Swept]:
+    """What becomes of x (N, C, H, W) under each of the settings, in their order; target and y as in `pgd`.
 
     The same bits as from `pgd` one by one. Settings of different step sizes or epsilons never share a step, so that
     two of them that must agree are computed independently. The model is left as it was found.
@@ -46,14 +55,19 @@ def sweep(
     runs: dict[tuple[float, float], set[int]] = defaultdict(set)
     for setting in settings:
         runs[setting.step_size, setting.epsilon].add(setting.num_steps)
-    logits_of: dict[Setting, Tensor] = {}
+    found: dict[Setting, Swept] = {}
     for (step_size, epsilon), ends in runs.items():
         attack = make_attack(model, x, target, y, max(ends), step_size, epsilon, "linf", None)
 
-        def keep(t: int, _adv: Tensor, logits: Tensor, *, ends=ends, step_size=step_size, epsilon=epsilon) -> None:
+        logits_at: dict[int, Tensor] = {}
+
+        def keep(t: int, _adv: Tensor, logits: Tensor, *, ends=ends, kept=logits_at) -> None:
             if t in ends:
-                logits_of[Setting(num_steps=t, step_size=step_size, epsilon=epsilon)] = logits
+                kept[t] = logits
 
         with untouched(model, x.device):
-            attack.run(attack.x.clone(memory_format=torch.preserve_format), watch=keep)
-    return [logits_of[setting] for setting in settings]
+            trace = attack.run(attack.x.clone(), watch=keep)
+        for t in ends:
+            setting = Setting(num_steps=t, step_size=step_size, epsilon=epsilon)
+            found[setting] = Swept(logits=logits_at[t], zero_gradient=trace.zero_gradient[:t].mean(dim=0))
+    return [found[setting] for setting in settings]

@@ -31,12 +31,12 @@ def test_logits_are_those_of_each_attack_alone(target, model, images):
     x, y = images
     before = x.clone()
     found = sweep(model, x, target, y, settings=SETTINGS)
-    for setting, logits in zip(SETTINGS, found, strict=True):
+    for setting, swept in zip(SETTINGS, found, strict=True):
         alone = pgd(
             model, x, target, y, num_steps=setting.num_steps, step_size=setting.step_size, epsilon=setting.epsilon
         )
         with torch.no_grad():
-            assert torch.equal(model(alone), logits)
+            assert torch.equal(model(alone), swept.logits)
     assert torch.equal(x, before)
 
 
@@ -47,7 +47,15 @@ def test_the_writeups_settings_cost_120_gradients_instead_of_140(model, images):
     assert sum(setting.num_steps for setting in WRITEUP) == 140
     assert (sum(asked), len(asked)) == (120, 124)
     # An epsilon that no step can reach changes nothing, though nothing was shared between the two.
-    torch.testing.assert_close(found[0], found[3], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[0].logits, found[3].logits, rtol=1e-3, atol=1e-3)
+
+
+def test_vanished_gradients_are_counted(model, images):
+    healthy = sweep(model, images[0], "most_likely", settings=SETTINGS)
+    model.head.weight.data *= 1e6  # the cross-entropy's gradient is 0 in float32
+    masked = sweep(model, images[0], "most_likely", settings=SETTINGS)
+    assert all(swept.zero_gradient.max() < 0.1 for swept in healthy)
+    assert all(swept.zero_gradient.min() == 1 for swept in masked)
 
 
 def test_the_model_is_left_as_it_was(model, images):

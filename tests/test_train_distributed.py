@@ -60,13 +60,18 @@ def workers_of(agent: subprocess.Popen) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-# Batch norms over a few similar images amplify rounding from step to step, so CustomNet makes few and small ones;
-# that its gradients agree in float64 is shown in tests/test_distributed.py.
+# On photographs, here of noise: garments lie on plain black, where rounding decides which of equal pixels a max-pool
+# takes. Batch norms over a few similar images amplify rounding from step to step, so CustomNet makes few and small
+# ones; that its gradients agree in float64 is shown in tests/test_distributed.py.
 @pytest.mark.parametrize(
-    ("model", "epochs", "lr", "tolerance"), [("simplenet", 2, 0.01, 1e-5), ("customnet", 1, 1e-5, 1e-3)]
+    ("model", "epochs", "lr", "tolerance"), [("simplenet", 2, 0.01, 1e-6), ("customnet", 1, 1e-5, 1e-3)]
 )
-def test_two_processes_train_as_one_with_the_same_global_batch(model, epochs, lr, tolerance, train_run, tmp_path):
-    arguments = (model, *COMMON, "--epochs", epochs, "--lr", lr)
+def test_two_processes_train_as_one_with_the_same_global_batch(
+    model, epochs, lr, tolerance, make_images, train_run, tmp_path
+):
+    counts = {"train/cat": 32, "train/dog": 32, "val/cat": 11, "val/dog": 10}
+    data = make_images(tmp_path / "noise", counts, size=(36, 36))
+    arguments = (model, *COMMON, "--epochs", epochs, "--lr", lr, "--data", data, "--image-size", 32)
     process = torchrun(tmp_path, *arguments, "--out", "two")
     assert train_run(*arguments, "--out", "one")[0] == 0
     code, out, err = finish(process)

@@ -28,6 +28,17 @@ CUSTOMNET = Figures(conv="torch", top1=49.69, top5=78.70, epochs=60, mib=4277)
 RESNET18_FINE_TUNED = Figures(conv="torch", top1=53.25, top5=80.23, epochs=60, mib=3192)
 
 
+# Its SimpleNet's top-1 and top-5 in percent under attack, by (steps, step size, epsilon) and target.
+UNDER_ATTACK = {
+    (10, 0.01, 0.1): {"least_likely": (11.21, 34.15), "most_likely": (9.00, 35.70)},
+    (50, 0.01, 0.1): {"least_likely": (8.03, 25.34), "most_likely": (5.23, 19.88)},
+    (10, 0.1, 0.1): {"least_likely": (17.27, 40.40), "most_likely": (12.86, 34.13)},
+    (10, 0.01, 10.0): {"least_likely": (11.21, 34.15), "most_likely": (9.00, 35.70)},
+    (10, 0.1, 10.0): {"least_likely": (1.84, 8.93), "most_likely": (1.59, 7.08)},
+    (50, 0.1, 10.0): {"least_likely": (1.16, 6.06), "most_likely": (1.20, 5.45)},
+}
+
+
 def figures_for(model: str, conv: str, *, fine_tuned: bool) -> Figures | None:
     """Its row for this model and, where it has one, this convolution; otherwise the one with PyTorch's own.
 

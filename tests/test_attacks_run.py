@@ -1,0 +1,193 @@
+"""The attacking command: its figures against attacks one by one, going on, doubts, and one line for each mistake."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import attacks.run
+from attacks import pgd
+from attacks.run import bar_chart, beside, doubts
+from attacks.sweep import WRITEUP
+from train.batches import val_batches
+from train.checkpoint import load_model
+from train.data import load_val
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 10
+FIGURES = ("clean", "rows")
+
+
+@pytest.fixture
+def checkpoint(train_run, tiny_run, tmp_path) -> Path:
+    """A run folder, trained for a second."""
+    assert train_run(*tiny_run, "--out", "run")[0] == 0
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def attack(run_main, monkeypatch):
+    """attack("sweep", "run", ...) -> (exit code, stdout, stderr), run in this process."""
+    monkeypatch.setenv("COLUMNS", "80")
+    return lambda *arguments: run_main(
+        attacks.run.main, *arguments, "--device", "cpu", "--limit", LIMIT, "--batch-size", 4
+    )
+
+
+def figures(folder: Path) -> dict:
+    report = json.loads((folder / "sweep.json").read_text())
+    return {name: report[name] for name in FIGURES}
+
+
+def test_figures_are_those_of_the_attacks_one_by_one(checkpoint, attack, tmp_path):
+    code, out, _ = attack("sweep", "run", "--out", "out")
+    assert code == 0
+    report = json.loads((tmp_path / "out/sweep.json").read_text())
+    model, _ = load_model(checkpoint, device=torch.device("cpu"))
+    data = load_val("fashion-mini", 32, limit=LIMIT, console=Console(quiet=True))
+    batches = list(val_batches(  # the command's own: another size would round otherwise
+        data, batch_size=4, image_size=32, device=torch.device("cpu"), memory_format=torch.channels_last
+    ))
+    model = model.to(memory_format=torch.channels_last)
+    assert (report["images"], report["backend"], report["model"]) == (LIMIT, "native", "simplenet")
+    assert len(report["rows"]) == 12
+    for row in (report["rows"][n] for n in (0, 5, 9)):
+        names = ("num_steps", "step_size", "epsilon")
+        found = []
+        for x, y in batches:
+            with torch.no_grad():
+                logits = model(pgd(model, x, row["target"], y, **{name: row[name] for name in names}))
+            found.append((logits > logits.gather(1, y[:, None])).sum(1))  # classes before the true one
+        better = torch.cat(found)
+        assert row["top1"] == pytest.approx(100 * (better < 1).float().mean().item())
+        assert row["top5"] == pytest.approx(100 * (better < 5).float().mean().item())
+    with open(tmp_path / "out/sweep.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["top1"]) for row in rows] == [row["top1"] for row in report["rows"]]
+    assert f"{report['rows'][3]['top1']:.2f} / {report['rows'][3]['top5']:.2f}" in out
+    assert "native PyTorch on CPU" in out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert (tmp_path / "out/sweep.png").exists()
+    assert not (tmp_path / "out/sweep.part.json").exists()
+
+
+def test_interrupted_it_goes_on_where_it_was(checkpoint, attack, monkeypatch, tmp_path):
+    assert attack("sweep", "run", "--out", "whole")[0] == 0
+    original, calls = attacks.run.attack_batch, []
+
+    def counted(*arguments):
+        calls.append(len(arguments[1]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(attacks.run, "attack_batch", counted)
+    code, _, err = attack("sweep", "run", "--out", "cut")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "interrupted after 1 of 3 batches; the same command goes on from cut/sweep.part.json" in err
+    assert attack("sweep", "run", "--out", "cut")[0] == 0
+    assert calls == [4, 4, 4, 2]
+    assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
+
+
+def test_what_was_counted_for_another_model_is_not_gone_on_with(checkpoint, attack, monkeypatch, tmp_path):
+    assert attack("sweep", "run", "--out", "out")[0] == 0
+    whole = figures(tmp_path / "out")
+    other = {"key": "another", "batches": 2, "sums": 13 * [5 * [9.0]]}
+    (tmp_path / "out/sweep.part.json").write_text(json.dumps(other))
+    assert attack("sweep", "run", "--out", "out")[0] == 0
+    assert figures(tmp_path / "out") == whole
+
+
+def test_a_masked_model_is_doubted(checkpoint, attack, tmp_path):
+    """Logits so large that gradients vanish: no attack moves, and the accuracy looks like the clean one."""
+    saved = torch.load(checkpoint / "best.pt", weights_only=True)
+    saved["model"]["head.weight"] *= 1e6
+    saved["model"]["head.bias"] *= 1e6
+    torch.save(saved, tmp_path / "masked.pt")
+    healthy, masked = attack("sweep", "run"), attack("sweep", "masked.pt")
+    assert (healthy[0], masked[0]) == (0, 0)
+    assert "not to be believed" not in healthy[1]
+    assert "These figures are not to be believed" in masked[1]
+    assert "the attack stood still" in masked[1].replace("\n", " ").replace("  ", " ")
+
+
+def report_of(top1: list[float], zeros: float = 0.0) -> dict:
+    """With the same figures for both targets."""
+    rows = [
+        {"target": target, "top1": value, "top5": 50.0, "zero_gradient": zeros}
+        for value in top1 for target in ("least_likely", "most_likely")
+    ]
+    return {"rows": rows, "images": 1000, "clean": {"top1": 60.0, "top5": 90.0}, "model": "simplenet", "data": "/d"}
+
+
+@pytest.mark.parametrize(
+    ("top1", "zeros", "word"),
+    [
+        pytest.param([11, 8, 17, 11, 2, 1], 0.0, None, id="the-write-ups"),
+        pytest.param([11, 8, 17, 11.2, 2, 1], 0.0, None, id="rounding"),
+        pytest.param([11, 8, 17, 14, 2, 1], 0.0, "reach neither", id="rows-that-must-agree"),
+        pytest.param([11, 13, 17, 11, 2, 1], 0.0, "50 steps leave more right", id="more-steps"),
+        pytest.param([11, 8, 17, 11, 15, 1], 0.0, "epsilon 10 leave more right", id="larger-ball"),
+        pytest.param([11, 8, 17, 11, 2, 15], 0.0, "50 steps and epsilon 10 leave more right", id="all-raised"),
+        pytest.param([11, 8, 17, 11, 2, 1], 0.2, "exactly 0", id="zeros"),
+    ],
+)
+def test_signs_of_an_artefact(top1, zeros, word, tmp_path):
+    found = doubts(report_of(top1, zeros))
+    assert len(found) == (0 if word is None else 2)  # one for each target
+    assert all(word in doubt for doubt in found)
+
+
+def test_the_writeups_figures_stand_beside_its_own_task_alone():
+    task = {"model": "simplenet", "classes": 100, "image_size": 128}
+    assert beside(task)
+    assert not any(beside(task | change) for change in ({"model": "customnet"}, {"classes": 10}, {"image_size": 64}))
+
+
+def test_bars_are_the_accuracies():
+    figure = bar_chart(report_of([11, 8, 17, 11, 2, 1]) | {"image_size": 64})
+    heights = sorted(patch.get_height() for patch in figure.axes[0].patches)
+    assert heights == sorted(2 * [11, 8, 17, 11, 2, 1])
+    assert len(figure.axes[0].get_xticklabels()) == len(WRITEUP)
+
+
+@pytest.mark.slow
+def test_two_processes_count_what_one_does(checkpoint, attack, tmp_path):
+    assert attack("sweep", "run", "--out", "one")[0] == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["sweep", "run", "--device", "cpu", "--limit", str(LIMIT), "--batch-size", "4", "--out", "two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*launcher, "-m", "attacks.run", *arguments], cwd=tmp_path, env=environment, check=True, timeout=240)
+    one, two = (figures(tmp_path / name) for name in ("one", "two"))
+    assert two["clean"] == one["clean"]
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert abs(a["top1"] - b["top1"]) <= 100 / LIMIT  # rounding may turn an image on the border
+        assert a["zero_gradient"] == pytest.approx(b["zero_gradient"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(("sweep", "nowhere.pt"), "no checkpoint nowhere.pt", id="missing"),
+        pytest.param(("sweep", "text.pt"), "text.pt is damaged", id="no-checkpoint"),
+        pytest.param(("swipe", "run"), "invalid choice", id="unknown-attack"),
+        pytest.param(("sweep", "run", "--data", "nowhere"), "no data folder", id="missing-data"),
+        pytest.param(("sweep", "run", "--out", "text.pt"), "text.pt", id="out-is-a-file"),
+        pytest.param(("sweep", "run", "--out", "cut"), "sweep.part.json is damaged", id="damaged-part"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words, checkpoint, attack, tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/sweep.part.json").write_text('{"key"')
+    code, _, err = attack(*arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("attacks.run: error: ")
+    assert words in err
