@@ -113,8 +113,8 @@ def test_a_masked_model_is_doubted(checkpoint, attack, tmp_path):
     torch.save(saved, tmp_path / "masked.pt")
     healthy, masked = attack("sweep", "run"), attack("sweep", "masked.pt")
     assert (healthy[0], masked[0]) == (0, 0)
-    assert "not to be believed" not in healthy[1]
-    assert "These figures are not to be believed" in masked[1]
+    assert "speaks against" not in healthy[1]
+    assert "What speaks against believing these figures" in masked[1]
     assert "the attack stood still" in masked[1].replace("\n", " ").replace("  ", " ")
 
 
@@ -128,20 +128,21 @@ def report_of(top1: list[float], zeros: float = 0.0) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("top1", "zeros", "word"),
+    ("top1", "zeros", "word", "count"),
     [
-        pytest.param([11, 8, 17, 11, 2, 1], 0.0, None, id="the-write-ups"),
-        pytest.param([11, 8, 17, 11.2, 2, 1], 0.0, None, id="rounding"),
-        pytest.param([11, 8, 17, 14, 2, 1], 0.0, "reach neither", id="rows-that-must-agree"),
-        pytest.param([11, 13, 17, 11, 2, 1], 0.0, "50 steps leave more right", id="more-steps"),
-        pytest.param([11, 8, 17, 11, 15, 1], 0.0, "epsilon 10 leave more right", id="larger-ball"),
-        pytest.param([11, 8, 17, 11, 2, 15], 0.0, "50 steps and epsilon 10 leave more right", id="all-raised"),
-        pytest.param([11, 8, 17, 11, 2, 1], 0.2, "exactly 0", id="zeros"),
+        pytest.param([11, 8, 17, 11, 2, 1], 0.0, "", 0, id="the-write-ups"),
+        pytest.param([11, 8, 17, 11.2, 2, 1], 0.0, "", 0, id="rounding"),
+        pytest.param([11, 8, 17, 14, 2, 1], 0.0, "reach neither", 2, id="rows-that-must-agree"),
+        pytest.param([11, 13, 17, 11, 2, 1], 0.0, "50 steps leave more right", 1, id="more-steps"),
+        pytest.param([11, 8, 17, 11, 15, 1], 0.0, "epsilon 10 leave more right", 1, id="larger-ball"),
+        pytest.param([11, 8, 17, 11, 2, 15], 0.0, "50 steps and epsilon 10 leave more right", 1, id="all-raised"),
+        pytest.param([11, 8, 17, 11, 2, 1], 0.2, "exactly 0", 2, id="zeros"),
     ],
 )
-def test_signs_of_an_artefact(top1, zeros, word, tmp_path):
+def test_signs_of_an_artefact(top1, zeros, word, count):
+    """One for each target, but for those by strength, which say nothing of "most likely"."""
     found = doubts(report_of(top1, zeros))
-    assert len(found) == (0 if word is None else 2)  # one for each target
+    assert len(found) == count
     assert all(word in doubt for doubt in found)
 
 
