@@ -8,7 +8,7 @@ if __name__ == "__main__":  # before the seconds that importing torch takes
 import argparse
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import models
 from attacks.sweep import WRITEUP, sweep
 from train import writeup
 from train.batches import val_batches
-from train.checkpoint import checkpoint_file, load_model, require_same_model
+from train.checkpoint import checkpoint_file, load_model, require_same_model, settings_of
 from train.cli import Parser, UserError, make_console, number, path, run_command
 from train.data import load_val, source
 from train.devices import one_thread, pick_device
@@ -33,7 +33,6 @@ from train.distributed import World, connect
 from train.files import atomic_write, write_csv, write_json
 from train.loop import layout
 from train.meter import Meter
-from train.recipes import Settings
 from train.report import backend_of, describe_backend, device_name, git_commit, versions
 
 TARGETS = ("least_likely", "most_likely")
@@ -45,14 +44,15 @@ DESCRIPTION = "Attack a trained model by projected gradients, and tell whether w
 EXAMPLES = """
 examples:
   python -m attacks.run sweep runs/simplenet-torch-20260102-030405
-  python -m attacks.run sweep best.pt --data ~/miniplaces --limit 1000 --out sweep
+  python -m attacks.run sweep best.pt --data ~/miniplaces --limit 1000 --out out
 
 sweep: top-1 and top-5 under six settings (10 or 50 steps of 0.01 or 0.1 in an
 L-infinity ball of 0.1 or 10) and two targets. "least likely" lowers the loss of
 the least confident label that is wrong, "most likely" raises that of the most
 confident one, both chosen anew each step, so that the second may lead back to
-the true class: more steps of it are not always a stronger attack. Sizes live in normalised space, where
-0.1 is about 5.7 grey levels of 255, and pixels are not kept within their range.
+the true class: more steps of it are not always a stronger attack. Sizes live in
+normalised space, where 0.1 is about 5.7 grey levels of 255, and pixels are not
+kept within their range.
 What is done is kept: the same command goes on where it was interrupted.
 """
 
@@ -92,10 +92,7 @@ def run_sweep(arguments: argparse.Namespace, console: Console, world: World) -> 
     file = checkpoint_file(arguments.checkpoint)
     model, saved = load_model(file, conv=arguments.conv, device=device)
     typed = {name: value for name in ("data", "conv") if (value := getattr(arguments, name)) is not None}
-    try:
-        settings = replace(Settings(**saved["settings"]), **typed, limit_val=arguments.limit)
-    except TypeError as error:
-        raise UserError(f"{file} is of another version of the lab: {error}") from error
+    settings = settings_of(file, saved, **typed, limit_val=arguments.limit)
     data = load_val(
         settings.data, settings.image_size, limit=settings.limit_val, console=console,
         cache=Path(settings.cache) if settings.cache else None,
@@ -166,7 +163,7 @@ def attack_batch(model: torch.nn.Module, x: Tensor, y: Tensor, classes: int) -> 
         return sums
     meter = Meter(classes, x.device)
     with torch.no_grad():
-        logits = model(x)
+        logits = model(x)  # in eval mode, as load_model gives it
     sums[0, :4] = meter.sums_of(logits, y, cross_entropy(logits, y))
     for target in TARGETS:
         for setting, swept in zip(WRITEUP, sweep(model, x, target, y, settings=WRITEUP), strict=True):

@@ -11,6 +11,7 @@ what is random in a step follows from the seed and the position.
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 import models
 from train.cli import UserError
 from train.files import atomic_write
+from train.recipes import Settings
 
 FORMAT = 2
 BEST, LAST = "best.pt", "last.pt"
@@ -57,6 +59,14 @@ def require_same_model(path: Path, saved: dict[str, Any], model: str, classes: S
     for number, (one, other) in enumerate(zip(theirs, classes, strict=True)):
         if one != other:
             raise UserError(f"class {number} of {path} is {one!r}, of the data {other!r}")
+
+
+def settings_of(path: Path, saved: dict[str, Any], **changes: Any) -> Settings:
+    """What `saved`, read from `path`, was trained with, some of it changed; UserError where it is of another version."""
+    try:
+        return replace(Settings(**saved["settings"]), **changes)
+    except TypeError as error:
+        raise UserError(f"{path} is of another version of the lab: {error}") from error
 
 
 def load_weights(path: Path, saved: dict[str, Any], model: nn.Module) -> None:

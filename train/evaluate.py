@@ -6,7 +6,7 @@ if __name__ == "__main__":  # before the seconds that importing torch takes
     quit_on_interrupt("train.evaluate")
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 import models
 from train.batches import val_batches
-from train.checkpoint import checkpoint_file, load_model, require_same_model
+from train.checkpoint import checkpoint_file, load_model, require_same_model, settings_of
 from train.cli import Parser, UserError, make_console, number, path, run_command
 from train.data import Dataset, load_val, shows_garments, source
 from train.devices import one_thread, pick_device
@@ -30,7 +30,6 @@ from train.folder import VAL_EVERY, is_split
 from train.loop import AMP_DTYPES, autocast, layout, predict
 from train.meter import Meter
 from train.miniplaces import is_miniplaces
-from train.recipes import Settings
 from train.report import backend_of, describe_backend, describe_top5, device_name, git_commit, versions
 
 DESCRIPTION = """\
@@ -123,7 +122,11 @@ def command(arguments: argparse.Namespace) -> None:
     device = pick_device(arguments.device)
     file = checkpoint_file(arguments.checkpoint)
     model, saved = load_model(file, conv=arguments.conv, device=device)
-    settings = settings_of(file, saved, arguments)
+    typed = {
+        name: value for name in ("data", "conv", "flip_tta", "amp")
+        if (value := getattr(arguments, name)) is not None
+    }
+    settings = settings_of(file, saved, **typed, limit_val=arguments.limit_val)
     memory_format = layout(settings)
     backend = backend_of(settings.conv, device)
     data = load_val(
@@ -176,18 +179,6 @@ def require_place(file: Path) -> None:
         raise UserError(f"--json {file} is a folder; name a file")
     if not file.parent.is_dir():
         raise UserError(f"--json {file}: no folder {file.parent}")
-
-
-def settings_of(file: Path, saved: dict[str, Any], arguments: argparse.Namespace) -> Settings:
-    """The checkpoint's own settings with what was typed in their place; UserError where they are of other times."""
-    typed = {
-        name: value for name in ("data", "conv", "flip_tta", "amp")
-        if (value := getattr(arguments, name)) is not None
-    }
-    try:
-        return replace(Settings(**saved["settings"]), **typed, limit_val=arguments.limit_val)
-    except TypeError as error:
-        raise UserError(f"{file} is of another version of the lab: {error}") from error
 
 
 def split_of(data: str) -> str | None:
