@@ -32,8 +32,8 @@ class AttackReport:
     """(N,) bool: no longer taken for its true label, or where that is unknown for the clean prediction; with given
     labels, taken for the label asked for."""
     loss: Tensor
-    """(num_steps + 1, N): the loss that each iterate was judged by, of the restart that was kept; NaN from where an image
-    was dropped on."""
+    """(num_steps + 1, N): the loss that each iterate was judged by, of the restart that was kept; NaN from where an
+    image was dropped on."""
     zero_gradient: Tensor
     """(num_steps, N): share of the gradient's entries that are exactly 0, of the restart that was kept; NaN as
     in `loss`."""

@@ -62,7 +62,7 @@ def require_same_model(path: Path, saved: dict[str, Any], model: str, classes: S
 
 
 def settings_of(path: Path, saved: dict[str, Any], **changes: Any) -> Settings:
-    """What `saved`, read from `path`, was trained with, some of it changed; UserError where it is of another version."""
+    """What `saved`, read from `path`, was trained with, some of it changed; UserError where of another version."""
     try:
         return replace(Settings(**saved["settings"]), **changes)
     except TypeError as error:
