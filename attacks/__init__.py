@@ -11,9 +11,10 @@ from attacks.saliency import (
     saliency,
     smooth_grad,
 )
+from attacks.square import square
 from attacks.sweep import Setting, Swept, sweep
 
 __all__ = [
     "AttackReport", "Randomised", "Setting", "Swept", "apgd", "attack_report", "fgsm", "grad_cam", "last_convolution",
-    "pgd", "randomised_parameters", "rank_correlation", "saliency", "smooth_grad", "sweep",
+    "pgd", "randomised_parameters", "rank_correlation", "saliency", "smooth_grad", "square", "sweep",
 ]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import attacks.run.command
 import train.run
 from kernels import ops
 
@@ -63,6 +64,26 @@ def tiny_run() -> tuple[str, ...]:
     return (
         "simplenet", "--conv", "torch", "--device", "cpu",
         "--epochs", "3", "--batch-size", "16", "--limit-train", "64", "--limit-val", "20",
+    )
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a SimpleNet that is right on about 60% of fashion-mini; trained once, in seconds, and only read."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train.run.main([
+        "simplenet", "--conv", "torch", "--device", "cpu", "--epochs", "6", "--limit-train", "320",
+        "--limit-val", "40", "--out", str(folder),
+    ])
+    return folder
+
+
+@pytest.fixture
+def attack_run(run_main: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """attack_run("sweep", "run", ...) -> (exit code, stdout, stderr): the attacking command on ten images."""
+    monkeypatch.setenv("COLUMNS", "80")
+    return lambda *arguments: run_main(
+        attacks.run.command.main, *arguments, "--device", "cpu", "--limit", 10, "--batch-size", 4
     )
 
 

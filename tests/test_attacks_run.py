@@ -1,8 +1,9 @@
-"""The attacking command: its figures against attacks one by one, going on, doubts, and one line for each mistake."""
+"""The attacking command's sweep: its figures against attacks one by one, going on, doubts, and mistakes in a line."""
 
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-import attacks.run
 from attacks import pgd
-from attacks.run import bar_chart, beside, doubts
+from attacks.run import sweep as command
+from attacks.run.hygiene import Examination
+from attacks.run.sweep import bar_chart, beside, doubts
 from attacks.sweep import WRITEUP
 from train.batches import val_batches
 from train.checkpoint import load_model
@@ -25,19 +27,18 @@ FIGURES = ("clean", "rows")
 
 
 @pytest.fixture
-def checkpoint(train_run, tiny_run, tmp_path) -> Path:
-    """A run folder, trained for a second."""
-    assert train_run(*tiny_run, "--out", "run")[0] == 0
+def checkpoint(trained_folder, tmp_path) -> Path:
+    """A run folder of one's own."""
+    shutil.copytree(trained_folder, tmp_path / "run")
     return tmp_path / "run"
 
 
 @pytest.fixture
-def attack(run_main, monkeypatch):
-    """attack("sweep", "run", ...) -> (exit code, stdout, stderr), run in this process."""
-    monkeypatch.setenv("COLUMNS", "80")
-    return lambda *arguments: run_main(
-        attacks.run.main, *arguments, "--device", "cpu", "--limit", LIMIT, "--batch-size", 4
-    )
+def attack(attack_run, monkeypatch):
+    """attack_run, whose checks (tests/test_hygiene.py) cost nothing."""
+    unexamined = Examination(images=1, curve=[(0.0, 50.0), (0.1, 10.0)], others={}, checks=[])
+    monkeypatch.setattr(command, "examine", lambda *_, **__: unexamined)
+    return attack_run
 
 
 def figures(folder: Path) -> dict:
@@ -79,15 +80,15 @@ def test_figures_are_those_of_the_attacks_one_by_one(checkpoint, attack, tmp_pat
 
 def test_interrupted_it_goes_on_where_it_was(checkpoint, attack, monkeypatch, tmp_path):
     assert attack("sweep", "run", "--out", "whole")[0] == 0
-    original, calls = attacks.run.attack_batch, []
+    original, calls = command.attack_batch, []
 
-    def counted(*arguments):
-        calls.append(len(arguments[1]))
+    def counted(subject, x, y, mine):
+        calls.append(len(x))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(subject, x, y, mine)
 
-    monkeypatch.setattr(attacks.run, "attack_batch", counted)
+    monkeypatch.setattr(command, "attack_batch", counted)
     code, _, err = attack("sweep", "run", "--out", "cut")
     assert (code, err.count("\n")) == (2, 1)
     assert "interrupted after 1 of 3 batches; the same command goes on from cut/sweep.part.json" in err
@@ -99,7 +100,7 @@ def test_interrupted_it_goes_on_where_it_was(checkpoint, attack, monkeypatch, tm
 def test_what_was_counted_for_another_model_is_not_gone_on_with(checkpoint, attack, monkeypatch, tmp_path):
     assert attack("sweep", "run", "--out", "out")[0] == 0
     whole = figures(tmp_path / "out")
-    other = {"key": "another", "batches": 2, "sums": 13 * [5 * [9.0]]}
+    other = {"key": "another", "results": [13 * [5 * [9.0]]]}
     (tmp_path / "out/sweep.part.json").write_text(json.dumps(other))
     assert attack("sweep", "run", "--out", "out")[0] == 0
     assert figures(tmp_path / "out") == whole
@@ -111,7 +112,7 @@ def test_a_masked_model_is_doubted(checkpoint, attack, tmp_path):
     saved["model"]["head.weight"] *= 1e6
     saved["model"]["head.bias"] *= 1e6
     torch.save(saved, tmp_path / "masked.pt")
-    healthy, masked = attack("sweep", "run"), attack("sweep", "masked.pt")
+    healthy, masked = attack("sweep", "run"), attack("sweep", "masked.pt", "--out", "masked")
     assert (healthy[0], masked[0]) == (0, 0)
     assert "speaks against" not in healthy[1]
     assert "What speaks against believing these figures" in masked[1]
@@ -159,13 +160,31 @@ def test_bars_are_the_accuracies():
     assert len(figure.axes[0].get_xticklabels()) == len(WRITEUP)
 
 
+def in_two_processes(*arguments: str, folder: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments += ("--device", "cpu", "--limit", str(LIMIT), "--batch-size", "4", "--check-images", "4")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*launcher, "-m", "attacks.run", *arguments], cwd=folder, env=environment, check=True, timeout=240)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_rows_of_one(checkpoint, attack_run, tmp_path):
+    """Each of the images it attacked, in their order."""
+    arguments = ("pgd", "run", "--target", "untargeted", "--out")
+    assert attack_run(*arguments, "one", "--check-images", 4)[0] == 0
+    in_two_processes(*arguments, "two", folder=tmp_path)
+    one, two = (list(csv.DictReader((tmp_path / name / "pgd.csv").open())) for name in ("one", "two"))
+    assert len(one) == len(two) == LIMIT
+    for a, b in zip(one, two, strict=True):
+        assert (a["image"], a["true"], a["clean_predicted"]) == (b["image"], b["true"], b["clean_predicted"])
+        assert float(a["first_loss"]) == pytest.approx(float(b["first_loss"]), rel=1e-4)
+        assert float(a["last_loss"]) == pytest.approx(float(b["last_loss"]), rel=0.05)
+
+
 @pytest.mark.slow
 def test_two_processes_count_what_one_does(checkpoint, attack, tmp_path):
     assert attack("sweep", "run", "--out", "one")[0] == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["sweep", "run", "--device", "cpu", "--limit", str(LIMIT), "--batch-size", "4", "--out", "two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*launcher, "-m", "attacks.run", *arguments], cwd=tmp_path, env=environment, check=True, timeout=240)
+    in_two_processes("sweep", "run", "--out", "two", folder=tmp_path)
     one, two = (figures(tmp_path / name) for name in ("one", "two"))
     assert two["clean"] == one["clean"]
     for a, b in zip(one["rows"], two["rows"], strict=True):
@@ -190,5 +209,6 @@ def test_a_mistake_is_one_line(arguments, words, checkpoint, attack, tmp_path):
     (tmp_path / "cut/sweep.part.json").write_text('{"key"')
     code, _, err = attack(*arguments)
     assert (code, err.count("\n")) == (2, 1)
-    assert err.startswith("attacks.run: error: ")
+    assert err.startswith("attacks.run")
+    assert ": error: " in err
     assert words in err

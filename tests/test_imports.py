@@ -25,6 +25,12 @@ def folder_of(module: str) -> str:
     return "bench.measure" if (module + ".").startswith("bench.measure.") else module.split(".")[0]
 
 
+def in_command(module: str, of: str = "") -> bool:
+    """Whether a module is a command, <folder>.run, or one of its modules; `of` is one of the same command's."""
+    parts, others = module.split("."), of.split(".")
+    return parts[1:2] == ["run"] and (not of or parts[:2] == others[:2])
+
+
 def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
@@ -45,14 +51,14 @@ def imports_of(source: str, package: str) -> set[str]:
 def forbidden(module: str, imported: set[str]) -> list[str]:
     """Those of `imported` that `module` may not import."""
     wrong = []
-    is_command = module.endswith(".run") or folder_of(module) in ("bench", "tests")
+    is_command = in_command(module) or folder_of(module) in ("bench", "tests")
     allowed = OURS | {"bench.measure"} if is_command else ALLOWED[folder_of(module)]
     for name in sorted(imported):
         package = folder_of(name)
         # "bench" itself is named on the way to bench.measure and holds nothing.
         outside = package not in allowed and not (name == "bench" and "bench.measure" in allowed)
-        # A command is run, not imported; the tests may, to call its main().
-        command = name.endswith(".run") and folder_of(module) != "tests"
+        # A command is run, not imported; the tests may, to call its main(), and so may its own modules.
+        command = in_command(name) and not in_command(module, of=name) and folder_of(module) != "tests"
         from_tests = package == "tests" and folder_of(module) != "tests"
         if outside or command or from_tests:
             wrong.append(name)
@@ -77,10 +83,13 @@ def test_the_tree_was_found():
         ("kernels.ops", "def f():\n    from train.data import Dataset", ["train.data", "train.data.Dataset"]),
         ("models.simplenet", "from train import data", ["train", "train.data"]),
         ("bench.measure.nvml", "from train import cli", ["train", "train.cli"]),
-        ("train.loop", "from train.run import main", ["train.run"]),
+        ("train.loop", "from train.run import main", ["train.run", "train.run.main"]),
         ("train.loop", "from bench import shapes", ["bench.shapes"]),
         ("train.loop", "from bench.measure import nvml\nimport models", []),
         ("train.run", "import attacks, bench.measure.nvml", []),
+        ("attacks.run.sweep", "from train.files import write_json\nfrom attacks.run.kept import read", []),
+        ("attacks.run.sweep", "from train.run import main", ["train.run", "train.run.main"]),
+        ("attacks.pgd", "from attacks.run.kept import read", ["attacks.run.kept", "attacks.run.kept.read"]),
         ("bench.memory", "from train.cli import Parser\nimport bench.measure", []),
         ("kernels.ops", "from . import forward\nimport torch", []),
     ],

@@ -93,6 +93,35 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
     assert json.loads((tmp_path / "two/summary.json").read_text())["processes"] == 2
 
 
+# An attack goes by signs: a gradient that rounding turns moves a pixel by two steps. SimpleNet bears that; CustomNet's
+# batch norms amplify it, so that of its steps the first alone agrees (in one process the next ones differ by 5% and
+# more already between channels-last and contiguous tensors).
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "agreeing"), [("simplenet", 4), ("customnet", 1)])
+def test_two_processes_train_adversarially_as_one(model, agreeing, make_images, train_run, tmp_path):
+    counts = {"train/cat": 32, "train/dog": 32, "val/cat": 11, "val/dog": 10}
+    data = make_images(tmp_path / "noise", counts, size=(36, 36))
+    arguments = (model, *COMMON, "--epochs", 1, "--lr", 1e-5, "--data", data, "--image-size", 32, "--adversarial")
+    process = torchrun(tmp_path, *arguments, "--out", "two")
+    assert train_run(*arguments, "--out", "one")[0] == 0
+    code, _, err = finish(process)
+    assert code == 0, err
+    one, two = ([float(row["loss"]) for row in rows(tmp_path / name / "steps.csv")] for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    assert two[:agreeing] == pytest.approx(one[:agreeing], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_attack_of_no_size_in_two_processes_trains_to_the_bits_of_the_plain_copy(tmp_path):
+    """Reducer and synchronised norms included, which must take no notice of what is crafted in between."""
+    for name, flags in (("plain", ()), ("ours", ("--adversarial", "--adversarial-epsilon", 0))):
+        code, _, err = finish(torchrun(tmp_path, "customnet", *COMMON, "--epochs", 1, *flags, "--out", name))
+        assert code == 0, err
+    plain, ours = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("plain", "ours"))
+    for name, value in plain.items():
+        assert torch.equal(ours[name], value), name
+
+
 def test_a_batch_that_does_not_split_evenly_is_one_line(tmp_path):
     """And a restart, which would come to the same, does not tell it again."""
     run = torchrun(tmp_path, "simplenet", *COMMON, "--batch-size", "15", "--out", "run", restarts=1)

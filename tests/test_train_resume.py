@@ -99,6 +99,19 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(steps, in_validation, train_
     same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.parametrize("model", ["simplenet", "customnet", "simplevit"])
+def test_adversarial_training_resumed_inside_an_epoch_ends_as_uninterrupted(model, train_run, tiny_run, tmp_path):
+    run = (model, *tiny_run[1:], "--recipe", "modern", "--epochs", 2, "--limit-train", 48, "--adversarial")
+    assert train_run(*run, "--out", "whole")[0] == 0
+    for steps, arguments in ((2, (*run, "--out", "cut")), (4, ("--resume", "cut"))):
+        with stopping_after(steps):
+            code, _, err = train_run(*arguments)
+        assert code == 2
+        assert f"stopped after step {steps}" in err
+    assert train_run("--resume", "cut")[0] == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(name, train_run, tiny_run, tmp_path):
     many = (*tiny_run, "--epochs", "40", "--limit-val", "10")

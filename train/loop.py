@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
+from attacks.pgd import pgd
 from train import checkpoint
 from train.augment import Augmentation
 from train.batches import LAYERS, Feeder, generator, val_batches
@@ -33,7 +34,11 @@ AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Stopped(Exception):
-    """The user asked for a stop; last.pt holds the position."""
+    """The user asked for a stop; last.pt in `folder` holds the position. How to go on is for the command to say."""
+
+    def __init__(self, step: int, folder: Path, model: str):
+        super().__init__(f"stopped after step {step}, saved in {folder / checkpoint.LAST}")
+        self.folder, self.model = folder, model
 
 
 class Trainer:
@@ -127,6 +132,8 @@ class Trainer:
     def train_step(self, x: Tensor, y: Tensor) -> None:
         """One step of the optimiser on this process's share of a batch."""
         settings = self.settings
+        if settings.adversarial:
+            x = self.attacked(x, y)
         # By the position alone, so that no generator's state needs keeping; each process draws for other images.
         seeded = generator(settings.seed, self.epoch, self.batch, LAYERS, self.world.rank)
         torch.manual_seed(seeded.initial_seed())
@@ -154,6 +161,19 @@ class Trainer:
         self.meter.sums += sums
         self.records.add_step(self.step, lr, total / images)
 
+    def attacked(self, x: Tensor, y: Tensor) -> Tensor:
+        """Adversarial images for x (N, C, H, W) and the weights as they are, in memory of their own.
+
+        Of the model itself, in evaluation mode: images of one batch do not depend on each other, statistics and draws
+        of layers are the training forward's alone, and neither DistributedDataParallel nor torch.compile takes part.
+        So all else of the step is what it is without an attack.
+        """
+        settings = self.settings
+        return pgd(
+            self.model, x, settings.adversarial, y, num_steps=settings.adversarial_steps,
+            step_size=settings.adversarial_step_size, epsilon=settings.adversarial_epsilon,
+        )
+
     @torch.no_grad()
     def validate(self, display: Display, stop: StopRequest) -> dict[str, float]:
         """The val_* columns of metrics.csv, over all of the validation images, each counted once."""
@@ -179,10 +199,10 @@ class Trainer:
         """Saves and raises Stopped where any of the processes was asked to stop."""
         if self.world.any(bool(stop), self.device):
             self.save()
-            raise Stopped
+            raise Stopped(self.step, self.folder, self.settings.model)
 
     def train_row(self) -> dict[str, float]:
-        """The columns of metrics.csv that the training steps of the epoch decide."""
+        """The columns of metrics.csv that the training steps decide: in adversarial training, on adversarial images."""
         loss, top1, top5 = self.meter.compute()
         return {
             "epoch": self.epoch + 1,

@@ -75,6 +75,16 @@ class Settings:
     compile: bool = False
     """Train through torch.compile."""
 
+    adversarial: str | None = None
+    """Train on adversarial images of the current weights (Madry et al. 2018, as `attacks.pgd`): the target, a name in
+    attacks.objective.TARGETS. None trains on the images as they are."""
+    adversarial_steps: int = 5
+    """Of that attack: each costs a forward pass and the input's gradient."""
+    adversarial_step_size: float = 0.01
+    """Of each step, in the normalised space the network sees."""
+    adversarial_epsilon: float = 0.1
+    """The largest change of a value, L-infinity, in the same space."""
+
     flip: bool
     """Flip half of the training images left to right."""
     colour: float = 0.0

@@ -102,6 +102,7 @@ def summarise(
         "image_size": settings.image_size,
         "recipe": settings.recipe,
         "epochs": settings.epochs,
+        "adversarial": adversarial_entry(settings),
         "val_top1": float(last["val_top1"]),
         "val_top5": float(last["val_top5"]),
         "val_top5_counts": min(5, classes),
@@ -115,6 +116,24 @@ def summarise(
     }
 
 
+def adversarial_entry(settings: Settings) -> dict[str, Any] | None:
+    """The attack whose images were trained on, as summary.json has it; None of a run on images as they are."""
+    if not settings.adversarial:
+        return None
+    return {
+        "target": settings.adversarial,
+        "steps": settings.adversarial_steps,
+        "step_size": settings.adversarial_step_size,
+        "epsilon": settings.adversarial_epsilon,
+    }
+
+
+def describe_attack(entry: dict[str, Any]) -> str:
+    """Of `adversarial_entry`: "5 steps of 0.01, epsilon 0.1, least likely"."""
+    steps = f"{entry['steps']} step{'s' if entry['steps'] > 1 else ''} of {entry['step_size']:g}"
+    return f"{steps}, epsilon {entry['epsilon']:g}, {entry['target'].replace('_', ' ')}"
+
+
 def describe_top5(top5: float, classes: int) -> str:
     """A top-5 accuracy in percent, and a word on it where it says nothing."""
     trivial = f"  (of {classes} classes the right one is always among five)" if classes <= 5 else ""
@@ -126,6 +145,8 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("convolutions", describe_backend(summary["backend"], summary["device"]))
+    if attack := summary.get("adversarial"):  # which summaries of earlier versions lack
+        table.add_row("adversarial training", describe_attack(attack))
     best = f"best {summary['best_val_top1']:.2f}%, epoch {summary['best_epoch']}"
     table.add_row("val top-1", f"{summary['val_top1']:.2f}%  ({best})")
     table.add_row("val top-5", describe_top5(summary["val_top5"], summary["classes"]))
@@ -140,17 +161,27 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
         )
 
 
-def draw_curves(folder: Path, title: str, *, label_smoothing: float = 0.0) -> None:
-    """curves.png from the folder's two CSV files: top-1, top-5, learning rate, loss per step.
+def draw_curves(folder: Path, settings: Settings) -> None:
+    with atomic_write(folder / "curves.png") as file:
+        curves(folder, settings).savefig(file, format="png", dpi=110)
 
-    The loss is the one that was minimised; its panel says so where `label_smoothing` lifts it above the plain one.
+
+def curves(folder: Path, settings: Settings) -> Figure:
+    """From the folder's two CSV files: top-1, top-5, learning rate, loss per step.
+
+    The loss is the one that was minimised; its panel says so where label smoothing lifts it above the plain one.
     """
     epochs, steps = read_csv(folder / "metrics.csv"), read_csv(folder / "steps.csv")
     figure = Figure(figsize=(10, 7), layout="constrained")
+    title = f"{settings.model}, {settings.conv} convolution, {settings.recipe} recipe, {Path(settings.data).name}"
+    train_label = "train"
+    if attack := adversarial_entry(settings):
+        title += f"\nadversarial training ({describe_attack(attack)})"
+        train_label = "train, adversarial images"
     figure.suptitle(title)
     (top1, top5), (rate, loss) = figure.subplots(2, 2)
-    draw_accuracy(top1, epochs, "top1", "top-1 (%)")
-    draw_accuracy(top5, epochs, "top5", "top-5 (%)")
+    draw_accuracy(top1, epochs, "top1", "top-1 (%)", train_label)
+    draw_accuracy(top5, epochs, "top5", "top-5 (%)", train_label)
 
     numbers = [int(row["step"]) for row in steps]
     rate.plot(numbers, [float(row["lr"]) for row in steps], color="tab:green")
@@ -158,12 +189,12 @@ def draw_curves(folder: Path, title: str, *, label_smoothing: float = 0.0) -> No
     rate.ticklabel_format(axis="y", scilimits=(-2, 3))
 
     draw_losses(loss, numbers, [float(row["loss"]) for row in steps])
-    smoothed = f"\n(cross-entropy, label smoothing {label_smoothing:g})" if label_smoothing else ""
+    smoothing = settings.label_smoothing
+    smoothed = f"\n(cross-entropy, label smoothing {smoothing:g})" if smoothing else ""
     loss.set(xlabel="step", ylabel=f"training loss{smoothed}", ylim=(0, None))
     for axes in (top1, top5, rate, loss):
         axes.grid(alpha=0.3)
-    with atomic_write(folder / "curves.png") as file:
-        figure.savefig(file, format="png", dpi=110)
+    return figure
 
 
 def draw_losses(axes: Axes, numbers: list[int], losses: list[float]) -> None:
@@ -177,11 +208,11 @@ def draw_losses(axes: Axes, numbers: list[int], losses: list[float]) -> None:
     axes.legend()
 
 
-def draw_accuracy(axes: Axes, epochs: list[dict[str, str]], column: str, label: str) -> None:
+def draw_accuracy(axes: Axes, epochs: list[dict[str, str]], column: str, label: str, train_label: str) -> None:
     numbers = [int(row["epoch"]) for row in epochs]
-    for part, colour in (("train", TRAIN_COLOUR), ("val", VAL_COLOUR)):
+    for part, colour, name in (("train", TRAIN_COLOUR, train_label), ("val", VAL_COLOUR, "val")):
         values = [float(row[f"{part}_{column}"]) for row in epochs]
-        axes.plot(numbers, values, marker="o" if len(epochs) < 30 else None, color=colour, label=part)
+        axes.plot(numbers, values, marker="o" if len(epochs) < 30 else None, color=colour, label=name)
     axes.set(xlabel="epoch", ylabel=label)
     if len(epochs) == 1:
         axes.set_ylim(0, 103)  # matplotlib would spread two points over the whole height

@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from train import checkpoint
 from train.cli import UserError
@@ -106,7 +107,7 @@ def read_run(folder: Path) -> tuple[Settings, dict | None]:
     if not has_begun(folder):
         return settings, None
     saved = checkpoint.load(folder / checkpoint.LAST)
-    if without_places(saved.get("settings", {})) != without_places(dataclasses.asdict(settings)):
+    if not is_of(saved, settings):
         raise UserError(f"{folder / 'last.pt'} is of other settings than {path} names")
     for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
         leftover.unlink()
@@ -116,9 +117,26 @@ def read_run(folder: Path) -> tuple[Settings, dict | None]:
 def has_settings(folder: Path, settings: Settings) -> bool:
     """Whether `folder` holds a run with these settings."""
     try:
-        return json.loads((folder / CONFIG).read_text()) == dataclasses.asdict(settings)
-    except (OSError, ValueError):
+        return Settings(**json.loads((folder / CONFIG).read_text())) == settings
+    except (OSError, ValueError, TypeError):
         return False
+
+
+def is_of(saved: dict[str, Any], settings: Settings) -> bool:
+    """Whether the checkpoint `saved` was made with these settings, PLACES apart."""
+    try:
+        return differences(Settings(**saved["settings"]), settings) <= set(PLACES)
+    except (KeyError, TypeError):
+        return False
+
+
+def differences(one: Settings, other: Settings) -> set[str]:
+    """The names of the settings in which they differ.
+
+    Of Settings and not of what was written down of them: a run from before there was some setting has its default.
+    """
+    ours, theirs = dataclasses.asdict(one), dataclasses.asdict(other)
+    return {name for name in ours if ours[name] != theirs[name]}
 
 
 def has_begun(folder: Path) -> bool:
@@ -127,7 +145,3 @@ def has_begun(folder: Path) -> bool:
         return True
     steps = folder / STEPS
     return steps.exists() and bool(read_csv(steps))
-
-
-def without_places(settings: dict) -> dict:
-    return {name: value for name, value in settings.items() if name not in PLACES}

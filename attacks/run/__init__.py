@@ -1,0 +1,1 @@
+"""The attacking command, python -m attacks.run; a library module never imports it."""
