@@ -352,3 +352,14 @@ def test_no_runs_is_one_line(arguments, word, compare_run):
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert word in err
+
+
+def test_a_run_from_before_a_setting_is_grouped_with_those_after(make_run, compare_run):
+    old = make_run("a") / "config.json"
+    make_run("b", seed=1)
+    make_run("c", seed=2, adversarial="untargeted")
+    settings = {name: value for name, value in json.loads(old.read_text()).items() if "adversarial" not in name}
+    old.write_text(json.dumps(settings))
+    code, _, _, rows = compare_run("a", "b", "c")
+    assert code == 0
+    assert sorted((row["n"], row["settings"]) for row in rows) == [("1", "adversarial=untargeted"), ("2", "")]

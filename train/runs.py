@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 
 from train.cli import UserError
 from train.files import read_csv
+from train.recipes import Settings
 from train.records import EPOCH_COLUMNS
 from train.report import backend_of
 from train.run_folder import CONFIG, METRICS, SUMMARY
 
+DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 # Settings that change neither what is learned nor what is measured.
 IRRELEVANT = {"seed", "cache"}
 
@@ -132,6 +134,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 def read_run(folder: Path) -> Run:
     """Raises UserError naming the file that is missing, damaged, or lacks something."""
     config = read_object(folder / CONFIG, ("model", "conv", "recipe", "epochs", "seed", "data", "image_size", "device"))
+    config = DEFAULTS | config  # a run from before there was some setting
     summary = None
     if (folder / SUMMARY).exists():
         summary = read_object(folder / SUMMARY, ("backend", "device", "classes", "images_per_s", "memory"))
