@@ -35,8 +35,8 @@ def square(
     attack of the same ball leaves, the white-box accuracy is an artefact of gradients that mislead.
 
     An image is left alone as soon as it is fooled, and from the start if it was never recognised. Each query draws for
-    all images, those left alone too: what becomes of an image depends on its place in the batch, but not on how the
-    others fare.
+    all images, those left alone too: what becomes of an image depends on its place in the batch and the batch's size,
+    but not on how the others fare, except for how a model rounds fewer images at a time.
 
     Of the report, `loss` (num_queries + 1, N) is the margin, the logit of y less the largest other one: of x, then of
     the image kept after each query. It never rises after the stripes, which may themselves be worse than x.

@@ -112,11 +112,10 @@ def test_a_masked_model_is_caught(mask, caught, subject, monkeypatch):
 
 
 def test_black_box_attacks_catch_what_gradients_miss(subject, monkeypatch):
-    """With queries enough; on 32 px a hundred of them do little against an epsilon that gradients need."""
     monkeypatch.setattr(hygiene, "kernels_agree", lambda *_: Check(name="kernel check", found=""))
     checks = checks_of(replace(subject, model=Staircase(subject.model)), epsilon=1.0)
     assert "Square" in doubted(checks)
-    assert checks["Square"].figures["top1"] < checks["Square"].figures["pgd_top1"]
+    assert checks["Square"].figures["missed"] > 2
 
 
 @pytest.mark.parametrize("conv", ["torch", "triton"])
@@ -172,15 +171,19 @@ def test_accuracy_must_fall_with_epsilon(curve, words):
 
 
 @pytest.mark.parametrize(
-    ("name", "top1", "is_doubted"),
+    ("name", "fooled", "is_doubted"),
     [
-        ("Square (black box, 100 queries)", 35.0, True), ("Square (black box, 100 queries)", 39.0, False),
-        ("APGD (DLR loss, 50 steps)", 34.0, True), ("APGD (DLR loss, 50 steps)", 36.0, False),
-        ("APGD (DLR loss, 50 steps)", 90.0, False),
+        ("Square (black box, 100 queries)", 3, True), ("Square (black box, 100 queries)", 2, False),
+        ("APGD (DLR loss, 50 steps)", 6, True), ("APGD (DLR loss, 50 steps)", 5, False),
     ],
 )
-def test_another_attack_may_not_be_much_stronger(name, top1, is_doubted):
-    assert bool(stronger_attack(Stub(), name, top1, 40.0).doubt) is is_doubted
+def test_another_attack_may_not_fool_what_gradients_leave(name, fooled, is_doubted):
+    """Whatever it leaves itself: images 20 to 30 are right under it alone."""
+    white, other = torch.arange(100) < 20, torch.arange(100) < 30
+    other[:fooled] = False
+    check = stronger_attack(name, other, white)
+    assert bool(check.doubt) is is_doubted
+    assert f"fools {fooled} that" in check.found
 
 
 def report_of(loss: list[list[float]], zeros: list[list[float]]) -> AttackReport:

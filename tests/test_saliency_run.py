@@ -1,6 +1,5 @@
 """The saliency command: its figures against the library, what its pictures show, and one line for each mistake."""
 
-import argparse
 import json
 import math
 from functools import partial
@@ -140,9 +139,9 @@ def test_every_checkpoint_gets_its_folder(checkpoint, show_saliency, few_samples
 
 
 def test_of_several_processes_one_works():
-    nowhere = argparse.Namespace(checkpoints=[Path("nowhere.pt")], out=None, images=1, device="cpu")
+    nowhere = command.make_parser().parse_args(["saliency", "nowhere.pt", "--device", "cpu"])
     explain.run(nowhere, Console(quiet=True), World(rank=1, size=2))
-    with pytest.raises(explain.UserError):
+    with pytest.raises(explain.UserError, match="no checkpoint"):
         explain.run(nowhere, Console(quiet=True), World(rank=0, size=2))
 
 
