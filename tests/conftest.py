@@ -1,16 +1,23 @@
 """Fixtures that more than one test file uses."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from rich.console import Console
 
 import attacks.run.command
 import train.run
 from kernels import ops
+from train.data import load_data
+from train.distributed import World
+from train.loop import Trainer
+from train.recipes import RECIPES
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +72,25 @@ def tiny_run() -> tuple[str, ...]:
         "simplenet", "--conv", "torch", "--device", "cpu",
         "--epochs", "3", "--batch-size", "16", "--limit-train", "64", "--limit-val", "20",
     )
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """make_trainer("quick", epochs=2) -> a Trainer of three steps an epoch; keywords replace the recipe's settings."""
+
+    def make(recipe: str = "quick", **changes: object) -> Trainer:
+        tiny = {
+            "conv": "torch", "device": "cpu", "image_size": 32, "epochs": 1, "batch_size": 4, "limit_train": 12,
+            "limit_val": 8, "eval_batch_size": 4,
+        }
+        settings = dataclasses.replace(RECIPES[recipe], **(tiny | changes))
+        data = load_data(
+            settings.data, settings.image_size, limit_train=settings.limit_train, limit_val=settings.limit_val,
+            console=Console(quiet=True),
+        )
+        return Trainer(settings, *data, torch.device("cpu"), tmp_path, World())
+
+    return make
 
 
 @pytest.fixture(scope="session")

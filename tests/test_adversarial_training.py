@@ -16,9 +16,7 @@ import train.loop
 from attacks.objective import TARGETS
 from train import report
 from train.cli import StopRequest
-from train.data import load_data
 from train.display import Display
-from train.distributed import World
 from train.loop import Trainer
 from train.recipes import RECIPES
 
@@ -32,20 +30,15 @@ def rows(path):
 
 
 @pytest.fixture
-def make_trainer(tmp_path):
+def make_trainer(make_trainer):
     """make_trainer("customnet", adversarial="untargeted") -> a Trainer of three steps an epoch."""
 
     def make(model="simplenet", **changes):
         tiny = dict(
-            model=model, conv="torch", device="cpu", image_size=16, epochs=1, batch_size=8, limit_train=24,
-            limit_val=10, init="pytorch" if model == "simplevit" else "kaiming", lr=0.01, optimizer="sgd",
+            model=model, image_size=16, batch_size=8, limit_train=24, limit_val=10, lr=0.01, optimizer="sgd",
+            init="pytorch" if model == "simplevit" else "kaiming",
         )
-        settings = dataclasses.replace(RECIPES["modern"], **(tiny | changes))
-        data = load_data(
-            settings.data, settings.image_size, limit_train=settings.limit_train, limit_val=settings.limit_val,
-            console=Console(quiet=True),
-        )
-        return Trainer(settings, *data, torch.device("cpu"), tmp_path, World())
+        return make_trainer("modern", **(tiny | changes))
 
     return make
 

@@ -101,8 +101,13 @@ def test_a_sound_model_passes_every_check(subject, few_kernel_images):
     ("mask", "caught"),
     [
         pytest.param(HugeLogits, {"zero gradients", "rising loss", "accuracy falls with epsilon", "APGD"}, id="huge"),
-        pytest.param(Staircase, {"zero gradients", "rising loss", "accuracy falls with epsilon"}, id="staircase"),
-        pytest.param(Misleading, {"rising loss", "accuracy falls with epsilon"}, id="backwards"),
+        pytest.param(
+            Staircase, {"zero gradients", "rising loss", "accuracy falls with epsilon"}, id="staircase",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Misleading, {"rising loss", "accuracy falls with epsilon"}, id="backwards", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_masked_model_is_caught(mask, caught, subject, monkeypatch):
@@ -118,7 +123,7 @@ def test_black_box_attacks_catch_what_gradients_miss(subject, monkeypatch):
     assert checks["Square"].figures["missed"] > 2
 
 
-@pytest.mark.parametrize("conv", ["torch", "triton"])
+@pytest.mark.parametrize("conv", [pytest.param("torch", marks=pytest.mark.slow), "triton"])
 def test_a_wrong_kernel_is_caught(conv, subject, monkeypatch):
     """Its attack fools nobody, and looks like robustness: only the other convolution tells."""
     monkeypatch.setattr(hygiene, "KERNEL_IMAGES", 8)

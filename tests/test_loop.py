@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import dataclasses
 import json
 import os
 import shutil
@@ -19,33 +18,11 @@ import models
 from train.augment import Augmentation
 from train.batches import Feeder, val_batches
 from train.cli import StopRequest
-from train.data import load_data
 from train.devices import one_thread
 from train.display import Display
-from train.distributed import World
-from train.loop import Trainer, augmentation, predict
+from train.loop import augmentation, predict
 from train.optim import initialise, learning_rate
-from train.recipes import RECIPES
 from train.report import git_commit
-
-
-@pytest.fixture
-def make_trainer(tmp_path):
-    """make_trainer("quick", epochs=2) -> a Trainer of three steps an epoch; keywords replace the recipe's settings."""
-
-    def make(recipe="quick", **changes):
-        tiny = {
-            "conv": "torch", "device": "cpu", "image_size": 32, "epochs": 1, "batch_size": 4, "limit_train": 12,
-            "limit_val": 8, "eval_batch_size": 4,
-        }
-        settings = dataclasses.replace(RECIPES[recipe], **(tiny | changes))
-        data = load_data(
-            settings.data, settings.image_size, limit_train=settings.limit_train, limit_val=settings.limit_val,
-            console=Console(quiet=True),
-        )
-        return Trainer(settings, *data, torch.device("cpu"), tmp_path, World())
-
-    return make
 
 
 def fit(trainer):

@@ -50,7 +50,7 @@ def test_copies_are_ordinary_runs_and_attacked_alike(run, attack, tmp_path):
         "plain": (), "adversarial": ("--adversarial", "least_likely", "--adversarial-epsilon", "0.2"),
     }.items():
         train.run.main([  # what the run was made with, and the flags of the copy
-            "simplenet", "--conv", "torch", "--device", "cpu", "--limit-train", "320", "--limit-val", str(LIMIT),
+            "simplenet", "--conv", "torch", "--device", "cpu", "--limit-train", "320", "--limit-val", "40",
             "--init", str(run), "--epochs", str(EPOCHS), "--out", f"by-hand-{name}", *flags,
         ])
         assert equal(weights(tmp_path / "out" / name / "last.pt"), weights(tmp_path / f"by-hand-{name}/last.pt"))
@@ -111,6 +111,7 @@ def test_interrupted_it_goes_on_where_it_was(run, attack, monkeypatch, tmp_path)
             assert whole[name][under] == cut[name][under]
 
 
+@pytest.mark.slow
 def test_by_default_all_lies_in_the_runs_own_folder(run, attack):
     assert attack("run")[0] == 0
     assert {path.name for path in (run / "robust").iterdir()} == {
@@ -118,6 +119,7 @@ def test_by_default_all_lies_in_the_runs_own_folder(run, attack):
     }
 
 
+@pytest.mark.slow
 def test_several_checkpoints_give_mean_and_spread(run, attack, tmp_path):
     shutil.copytree(run, tmp_path / "other")
     code, out, _ = attack("run", "other", "--out", "out")

@@ -77,7 +77,7 @@ def nothing(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 # ---- figures
 
 
-def test_figures_are_those_of_the_library(checkpoint, show_saliency, tmp_path):
+def test_figures_are_those_of_the_library(checkpoint, show_saliency, drawn, tmp_path):
     code, out, _ = show_saliency("run", "--out", "out")
     assert code == 0
     report = report_in(tmp_path / "out")
@@ -114,6 +114,9 @@ def test_figures_are_those_of_the_library(checkpoint, show_saliency, tmp_path):
     assert [picture["predicted"] for picture in report["pictures"]] == [names[label] for label in predicted]
     assert [picture["confidence"] for picture in report["pictures"]] == pytest.approx(confidence.tolist())
     assert (report["images"], report["backend"], report["model"], report["doubts"]) == (2, "native", "simplenet", [])
+    mean, std = (torch.tensor(moment).view(3, 1, 1) for moment in (data.mean, data.std))
+    image = (x[0] * std + mean).permute(1, 2, 0).clamp(0, 1)
+    torch.testing.assert_close(torch.tensor(drawn["saliency.png"].axes[0].get_images()[0].get_array().data), image)
     for name in ("saliency.png", "saliency-randomised.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(PNG)
     assert "2 images of 10 classes, 32 px, fashion-mini" in " ".join(out.split())
@@ -185,15 +188,14 @@ def test_signs_of_maps_that_show_something_else(correlations, floor, word):
 
 
 def test_red_is_where_a_map_is_high():
-    pictures = torch.rand(2, 10, 10, 3, generator=torch.Generator().manual_seed(0))
-    maps = torch.zeros(2, 10, 10)
-    maps[0, :5] = 4.0  # half of a map at its 99th percentile
-    maps[0, 5, 0] = 2.0
+    pictures = torch.rand(2, 20, 20, 3, generator=torch.Generator().manual_seed(0))
+    maps = torch.zeros(2, 20, 20)
+    maps[0, :5] = 4.0  # a quarter of a map at its 99th percentile
+    maps[0, 5, 0] = 1.0
     maps[0, 6, 0] = 4000.0  # an outlier, which pales nothing
-    maps[1, 3, 3] = 1e-9  # a map of one pixel, whose 99th percentile is all but 0
+    maps[1, :3] = 1e-9  # every map has a scale of its own
     out = explain.red_over(pictures, maps, opacity=0.5)
-    top = maps[0].quantile(explain.FULL)
-    for place, strength in (((0, 0, 0), 4 / top), ((0, 5, 0), 2 / top), ((0, 6, 0), 1.0), ((1, 3, 3), 1.0)):
+    for place, strength in (((0, 0, 0), 1.0), ((0, 5, 0), 0.25), ((0, 6, 0), 1.0), ((1, 2, 3), 1.0)):
         torch.testing.assert_close(out[place], pictures[place] + 0.5 * strength * (RED - pictures[place]))
     assert torch.equal(out[maps == 0], pictures[maps == 0])
 
@@ -268,6 +270,11 @@ def test_only_simplevit_has_a_patch_embedding(name):
     assert explain.is_patch_embedding(model, layer) == (name == "simplevit")
     assert ("shows little" in explain.heading("Grad-CAM", model)) == (name == "simplevit")
     assert explain.heading("gradient", model) == "gradient"
+
+
+def test_a_single_convolution_need_not_be_a_patch_embedding():
+    one = nn.Conv2d(3, 4, 3, padding=1)
+    assert not explain.is_patch_embedding(nn.Sequential(one, nn.ReLU()), one)
 
 
 def test_simplevit_works(train_run, tiny_run, show_saliency, drawn, few_samples, tmp_path):

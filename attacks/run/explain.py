@@ -243,7 +243,6 @@ def in_words(correlation: float | None) -> str:
 
 def red_over(pictures: Tensor, maps: Tensor, *, opacity: float = OPACITY) -> Tensor:
     """pictures (N, S, S, 3) of 0 ... 1 with each map (N, S, S) as red patches over it; where it is 0, the picture."""
-    maps = maps.nan_to_num(0)
     top = maps.flatten(1).quantile(FULL, dim=1)
     top = torch.where(top > 0, top, maps.flatten(1).amax(1))[:, None, None]  # of a map of a few pixels
     alpha = opacity * torch.where(top > 0, maps / top, 0).clamp(0, 1)[..., None]  # (N, S, S, 1)
@@ -299,8 +298,9 @@ def forgetting(subject: Subject, pictured: Pictured, explained: dict[str, Explai
     name, method = next(iter(explained.items()))
     chosen = sorted({round(place) for place in torch.linspace(1, len(layers), CASCADE_LAYERS).tolist()})
     width = max(1.5 * (2 + CASCADE_LAYERS), 0.24 * len(layers) + 2)
-    figure = Figure(figsize=(width, 5 + 2.0 * rows), dpi=110, layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[5, 2.0 * rows])
+    heights = [5, 2 * rows + 0.4]  # inches
+    figure = Figure(figsize=(width, sum(heights)), dpi=110, layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
     curves(above.subplots(), layers, explained)
     white = torch.ones_like(pictured.pixels)
     columns = [("image", pictured.pixels), ("as trained", red_over(white, method.maps, opacity=1))]

@@ -115,10 +115,13 @@ def run_one(pretrained: Subject, folder: Path, *, arguments: argparse.Namespace,
 
 
 def settings_of_copy(pretrained: Subject, name: str, arguments: argparse.Namespace) -> Settings:
-    """The checkpoint's own, from its weights on; the copies' differ in what they see alone."""
+    """The checkpoint's own, from its weights on; the copies' differ in what they see alone.
+
+    Validated on all images: --limit is of those attacked, and another one finds the copies trained.
+    """
     settings = replace(
-        pretrained.settings, epochs=arguments.epochs, start_from=str(pretrained.file.absolute()), weights="none",
-        device=pretrained.device.type, adversarial=None,
+        pretrained.trained, data=pretrained.settings.data, conv=pretrained.settings.conv, epochs=arguments.epochs,
+        start_from=str(pretrained.file.absolute()), weights="none", device=pretrained.device.type, adversarial=None,
     )
     if name == "plain":
         return settings

@@ -35,8 +35,10 @@ class Subject:
     """Of the file."""
     epoch: int
     """After which the model was kept."""
+    trained: Settings
+    """What it was trained with."""
     settings: Settings
-    """What it was trained with, with what was typed in place of that."""
+    """The same, with what was typed in place of it."""
     model: nn.Module
     """In eval mode on `device`."""
     data: Dataset
@@ -187,9 +189,9 @@ def load_subject(checkpoint: Path, arguments: argparse.Namespace, console: Conso
     )
     require_same_model(file, saved, settings.model, data.classes)
     return Subject(
-        file=file, sha256=hashlib.sha256(file.read_bytes()).hexdigest(), epoch=saved["epoch"], settings=settings,
-        model=model.to(memory_format=layout(settings)), data=data, device=device, batch_size=arguments.batch_size,
-        world=world,
+        file=file, sha256=hashlib.sha256(file.read_bytes()).hexdigest(), epoch=saved["epoch"],
+        trained=settings_of(file, saved), settings=settings, model=model.to(memory_format=layout(settings)), data=data,
+        device=device, batch_size=arguments.batch_size, world=world,
     )
 
 
@@ -203,7 +205,8 @@ def each_subject(
     reports = []
     for checkpoint, folder in zip(arguments.checkpoints, folders, strict=True):
         folder.mkdir(parents=True, exist_ok=True)
-        subject = load_subject(checkpoint, arguments, console, world)
+        # Again, for of many models only one is kept in memory; what there is to tell has been told.
+        subject = load_subject(checkpoint, arguments, Console(quiet=True), world)
         try:
             reports.append(work(subject, folder))
         except torch.OutOfMemoryError as error:
