@@ -1,17 +1,32 @@
 """The checks of the attacking command: a sound model passes them, and each kind of artefact is caught and named."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from attacks.pgd import AttackReport
 from attacks.run import hygiene
-from attacks.run.hygiene import Check, examine, falling_accuracy, half_way, print_examination, stronger_attack
+from attacks.run.hygiene import (
+    DOUBT,
+    OK,
+    UNDECIDED,
+    WEAK,
+    Check,
+    Examiner,
+    examine,
+    falling_accuracy,
+    half_way,
+    print_examination,
+    strong_enough,
+    stronger_attack,
+)
 from attacks.run.subject import Subject, load_subject, make_space
 from kernels import ops
 from train.distributed import World
@@ -39,7 +54,12 @@ def checks_of(subject: Subject, **changes) -> dict[str, Check]:
 
 
 def doubted(checks: dict[str, Check]) -> set[str]:
-    return {name for name, check in checks.items() if check.doubt}
+    return {name for name, check in checks.items() if check.verdict == DOUBT}
+
+
+def make_examiner(subject: Subject, count: int, **changes) -> Examiner:
+    x, y = subject.some(count)
+    return Examiner(**{"subject": subject, "space": make_space(subject), "x": x, "y": y, "epsilon": EPSILON} | changes)
 
 
 class Masked(nn.Module):
@@ -92,7 +112,7 @@ def test_a_sound_model_passes_every_check(subject, few_kernel_images):
     assert checks["kernel check"].figures["triton"] == "interpreted"
     assert checks["rising loss"].figures["mean"][-1] > checks["rising loss"].figures["mean"][0]
     sizes, top1 = zip(*checks["accuracy falls with epsilon"].figures["curve"], strict=True)
-    assert sizes == (0, *(factor * EPSILON for factor in hygiene.FACTORS))
+    assert sizes == (0, *(factor * EPSILON for factor in hygiene.CURVE))
     assert top1[0] > 50
     assert top1[-1] < 10
 
@@ -123,19 +143,53 @@ def test_black_box_attacks_catch_what_gradients_miss(subject, monkeypatch):
     assert checks["Square"].figures["missed"] > 2
 
 
-@pytest.mark.parametrize("conv", [pytest.param("torch", marks=pytest.mark.slow), "triton"])
-def test_a_wrong_kernel_is_caught(conv, subject, monkeypatch):
-    """Its attack fools nobody, and looks like robustness: only the other convolution tells."""
+def wrong(kind: str, right: Callable) -> Callable:
+    """An input gradient with a mistake in it."""
+
+    def call(*args, **kwargs) -> Tensor:
+        gradient = right(*args, **kwargs)
+        if kind == "sign":
+            return -gradient
+        gradient[..., -1, :] = 0  # the halo forgotten
+        gradient[..., -1] = 0
+        return gradient
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("conv", "kind"),
+    [
+        pytest.param("torch", "sign", marks=pytest.mark.slow), ("triton", "sign"),
+        pytest.param("torch", "border", marks=pytest.mark.slow),
+    ],
+)
+def test_a_wrong_kernel_is_caught(conv, kind, subject, monkeypatch):
+    """Its attack fools nobody, or fewer, and looks like robustness: only the other convolution tells."""
     monkeypatch.setattr(hygiene, "KERNEL_IMAGES", 8)
-    right = ops.input_grad
-    monkeypatch.setattr(ops, "input_grad", lambda *args, **kwargs: -right(*args, **kwargs))
-    subject = subject.computed_by(conv)
-    x, y = subject.some(8)
-    examiner = hygiene.Examiner(subject=subject, space=make_space(subject), x=x, y=y, epsilon=EPSILON, norm="linf")
-    check = hygiene.kernels_agree(examiner, EPSILON)
-    assert "do not hold for the other" in check.doubt
-    top1 = check.figures["top1"]
-    assert top1["crafted by triton, judged by torch"] > top1["crafted by torch, judged by torch"]
+    monkeypatch.setattr(ops, "input_grad", wrong(kind, ops.input_grad))
+    check = hygiene.kernels_agree(make_examiner(subject.computed_by(conv), 20), EPSILON)
+    assert check.verdict == DOUBT
+    assert "input gradients by" in check.words
+    assert check.figures["images"] == 8
+    if kind == "sign":
+        top1 = check.figures["top1"]
+        assert "do not hold for the other" in check.words
+        assert top1["crafted by triton, judged by torch"] > top1["crafted by torch, judged by torch"]
+
+
+def test_kernels_are_not_told_apart_by_an_attack_that_does_nothing(subject, few_kernel_images):
+    check = hygiene.kernels_agree(make_examiner(subject, 20), 1e-6)
+    assert check.verdict == UNDECIDED
+    assert "fools too few to tell" in check.found
+
+
+def test_images_of_the_kernel_check_are_of_all_classes(subject, monkeypatch):
+    monkeypatch.setattr(hygiene, "KERNEL_IMAGES", 10)
+    seen = []
+    monkeypatch.setattr(hygiene, "crossed", lambda _e, _m, x, y, _s: seen.append(y) or (50.0, {"a": 10.0}))
+    hygiene.kernels_agree(make_examiner(subject, 40), EPSILON)
+    assert sorted(seen[0].tolist()) == list(range(10))
 
 
 def test_where_triton_cannot_run_the_kernel_check_says_so(subject, monkeypatch):
@@ -143,21 +197,44 @@ def test_where_triton_cannot_run_the_kernel_check_says_so(subject, monkeypatch):
         raise RuntimeError("Triton has no backend here")
 
     monkeypatch.setattr(Subject, "computed_by", cannot)
-    x, y = subject.some(2)
-    examiner = hygiene.Examiner(subject=subject, space=make_space(subject), x=x, y=y, epsilon=EPSILON, norm="linf")
-    check = hygiene.kernels_agree(examiner, EPSILON)
+    check = hygiene.kernels_agree(make_examiner(subject, 2), EPSILON)
     assert check.found == "not made: Triton has no backend here"
-    assert check.doubt is None
+    assert check.verdict == UNDECIDED
+
+
+@pytest.mark.parametrize(
+    "changes", [{"norm": "l2", "epsilon": 2.0}, {"norm": "l2", "epsilon": 0.1}, {"epsilon": 0.02}],
+    ids=["l2", "short-l2", "small-epsilon"],
+)
+def test_the_curve_goes_on_until_chance(changes, subject, monkeypatch):
+    """A small ball leaves most images right, and eight times of it too: that alone is no sign of anything."""
+    monkeypatch.setattr(hygiene, "adaptive", lambda _: {})
+    monkeypatch.setattr(hygiene, "black_box", lambda examiner: {"Square (black box, 1 query)": examiner.y * 0.0})
+    monkeypatch.setattr(hygiene, "stronger_attack", lambda *_: Check(name="s", found=""))
+    monkeypatch.setattr(Examiner, "right", lambda self, logits: (
+        logits.argmax(1) == self.y if logits.dim() == 2 else torch.ones(len(self.y), dtype=torch.bool)
+    ))
+    monkeypatch.setattr(hygiene, "kernels_agree", lambda *_: Check(name="kernel check", found=""))
+    checks = checks_of(subject, **changes)
+    assert not doubted(checks)
+    curve = checks["accuracy falls with epsilon"].figures["curve"]
+    assert curve[-1][1] <= 10 + 100 * 2 / IMAGES
+    assert len(curve) >= 1 + len(hygiene.CURVE)
+
+
+def test_a_flat_curve_ends_where_any_image_is_in_reach(subject, monkeypatch):
+    examiner = make_examiner(replace(subject, model=Staircase(subject.model)), 20, epsilon=0.1)
+    curve, _ = hygiene.security(examiner, hygiene.Told(Progress(disable=True)))
+    assert curve[-2][0] < examiner.largest <= curve[-1][0]
+    assert examiner.largest == pytest.approx(1 / 0.224)
+    assert len({top1 for _, top1 in curve}) == 1
 
 
 class Stub:
     """As much of an Examiner as the checks of figures alone ask for."""
 
-    slack = 2.0
-
-    class subject:
-        class data:
-            classes = tuple("abcdefghij")
+    x = torch.empty(100)
+    chance = 12.0
 
 
 @pytest.mark.parametrize(
@@ -172,7 +249,24 @@ class Stub:
 )
 def test_accuracy_must_fall_with_epsilon(curve, words):
     check = falling_accuracy(Stub(), list(zip(range(5), map(float, curve), strict=True)))
-    assert (words in check.doubt) if words else check.doubt is None
+    assert (words in check.words) if words else check.verdict == OK
+
+
+@pytest.mark.parametrize(("top1", "verdict"), [(5.0, OK), (9.9, OK), (10.1, WEAK), (60.0, WEAK)])
+def test_a_reported_attack_is_measured_by_the_best_found(top1, verdict):
+    check = strong_enough("this attack", top1, 5.0)
+    assert check.verdict == verdict
+    assert ("how weak it is" in check.words) is (verdict == WEAK)
+
+
+def test_a_reported_attack_is_made_on_the_check_images(subject, monkeypatch):
+    """One that does nothing leaves what was right before."""
+    monkeypatch.setattr(hygiene, "kernels_agree", lambda *_: Check(name="kernel check", found=""))
+    reported = {"nothing": lambda model, x, _y: model(x).detach()}
+    check = checks_of(subject, reported=reported)["nothing"]
+    assert check.verdict == WEAK
+    assert check.figures["top1"] > 40
+    assert check.figures["worst"] < 20
 
 
 @pytest.mark.parametrize(
@@ -180,6 +274,7 @@ def test_accuracy_must_fall_with_epsilon(curve, words):
     [
         ("Square (black box, 100 queries)", 3, True), ("Square (black box, 100 queries)", 2, False),
         ("APGD (DLR loss, 50 steps)", 6, True), ("APGD (DLR loss, 50 steps)", 5, False),
+        ("AutoAttack (its own package, standard)", 6, True), ("AutoAttack (its own package, standard)", 5, False),
     ],
 )
 def test_another_attack_may_not_fool_what_gradients_leave(name, fooled, is_doubted):
@@ -187,7 +282,7 @@ def test_another_attack_may_not_fool_what_gradients_leave(name, fooled, is_doubt
     white, other = torch.arange(100) < 20, torch.arange(100) < 30
     other[:fooled] = False
     check = stronger_attack(name, other, white)
-    assert bool(check.doubt) is is_doubted
+    assert (check.verdict == DOUBT) is is_doubted
     assert f"fools {fooled} that" in check.found
 
 
@@ -211,7 +306,8 @@ def report_of(loss: list[list[float]], zeros: list[list[float]]) -> AttackReport
 )
 def test_loss_must_rise_and_gradients_must_not_vanish(last, zeros, doubts):
     report = report_of([[1.0, 1.0, 1.0], last], [3 * [zeros]])
-    assert (bool(hygiene.rising_loss(report).doubt), bool(hygiene.zero_gradients(report).doubt)) == doubts
+    found = hygiene.rising_loss(report).verdict, hygiene.zero_gradients(report).verdict
+    assert tuple(verdict == DOUBT for verdict in found) == doubts
 
 
 def test_the_kernels_are_compared_where_half_of_the_images_are_fooled():
@@ -220,12 +316,17 @@ def test_the_kernels_are_compared_where_half_of_the_images_are_fooled():
 
 def test_doubts_are_told_in_words(capsys):
     examination = hygiene.Examination(
-        images=3, curve=[(0.0, 50.0)], others={},
-        checks=[Check(name="one", found="fine"), Check(name="two", found="bad", doubt="something is wrong")],
+        images=3, epsilon=0.1, curve=[(0.0, 50.0)], others={},
+        checks=[
+            Check(name="one", found="fine"), Check(name="two", found="bad", verdict=DOUBT, words="something is wrong"),
+            Check(name="three", found="meagre", verdict=WEAK, words="it is weak"),
+        ],
     )
+    assert examination.doubts == ["something is wrong"]
     print_examination(Console(width=80), examination)
     told = capsys.readouterr().out
     assert "speaks against" in told
     assert "something is wrong" in told
+    assert "it is weak." in told
     print_examination(Console(width=80), replace(examination, checks=examination.checks[:1]))
     assert "speaks against" not in capsys.readouterr().out

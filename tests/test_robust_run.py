@@ -1,5 +1,6 @@
 """The attacking command's robust: two copies that differ in what they see alone, attacked alike, and going on."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -29,7 +30,9 @@ def attack(attack_run, monkeypatch):
     """attack_run, whose checks (tests/test_hygiene.py) cost nothing."""
     def examine(_subject, _space, *, epsilon, **_):
         curve = [(0.0, 60.0), (epsilon, 20.0)]
-        return Examination(images=4, curve=curve, others={"Other": 10.0}, checks=[Check(name="c", found="f")])
+        return Examination(
+            images=4, epsilon=epsilon, curve=curve, others={"Other": 10.0}, checks=[Check(name="c", found="f")]
+        )
 
     monkeypatch.setattr(harden, "examine", examine)
     return lambda *arguments: attack_run("robust", *arguments, "--epochs", EPOCHS)
@@ -67,7 +70,7 @@ def test_copies_are_ordinary_runs_and_attacked_alike(run, attack, tmp_path):
             data, batch_size=4, image_size=32, device=torch.device("cpu"), memory_format=torch.channels_last
         ):
             for under in right:
-                seen = x if under == "clean" else pgd(model, x, under, y, epsilon=0.2)
+                seen = x if under == "clean" else pgd(model, x, under, y, epsilon=0.2, step_size=0.02)
                 with torch.no_grad():
                     right[under] += (model(seen).argmax(1) == y).sum().item()
         found = report["copies"][name]
@@ -127,7 +130,12 @@ def test_several_checkpoints_give_mean_and_spread(run, attack, tmp_path):
     report = json.loads((tmp_path / "out/run/robust.json").read_text())
     assert f"{report['copies']['plain']['clean']['top1']:.1f} ± 0.0" in out
     gain = report["copies"]["adversarial"]["untargeted"]["top1"] - report["copies"]["plain"]["untargeted"]["top1"]
-    assert f"{gain:.1f} ± 0.0" in out
+    assert f"{gain:+.1f} ± 0.0" in out
+    with open(tmp_path / "out/robust-together.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["copy"], row["under"]) for row in rows] == [
+        (copy, under) for copy in harden.COPIES for under in harden.CONDITIONS
+    ]
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,8 @@ def test_a_run_of_other_settings_is_refused_by_their_names(steps, change, settin
         assert steps is not None
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     others = dataclasses.replace(settings, image_size=32, **change)
-    with pytest.raises(UserError, match=f"run holds a run of other settings: {', '.join(sorted(change))}$"):
+    names = ", ".join(sorted(change))
+    with pytest.raises(UserError, match=f"run holds a run of other settings: {names}; take another folder$"):
         train_in(tmp_path / "run", others, QUIET, World())
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 

@@ -3,7 +3,7 @@
 The command line replaces only what was typed. A run keeps its settings in config.json and is resumed from there.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
 from train.data import FASHION_MINI, shows_garments
@@ -96,6 +96,9 @@ class Settings:
     crop_ratio: float = 0.0
     """Width over height of that crop: 1 - this ... 1 + this."""
 
+
+# Those that no recipe needs to name.
+DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 
 # What the write-up did to its training images.
 WRITEUP_AUGMENTATION = dict(flip=True, colour=0.15, rotate=15.0, crop_area=0.25, crop_ratio=0.2)

@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ import torch
 
 from train.cli import UserError
 from train.files import read_csv
-from train.recipes import Settings
+from train.recipes import DEFAULTS
 from train.records import EPOCH_COLUMNS
 from train.report import backend_of
 from train.run_folder import CONFIG, METRICS, SUMMARY
 
-DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 # Settings that change neither what is learned nor what is measured.
 IRRELEVANT = {"seed", "cache"}
 

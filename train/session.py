@@ -49,7 +49,8 @@ def train_in(folder: Path, settings: Settings, console: Console, world: World) -
             return
         with begun(folder, world) as (theirs, saved):
             if others := differences(theirs, settings) - {"cache", "device"}:
-                raise UserError(f"{folder} holds a run of other settings: {', '.join(sorted(others))}")
+                raise UserError(f"{folder} holds a run of other settings: {', '.join(sorted(others))}; "
+                                "take another folder")
             if is_complete(folder, world):
                 console.print(f"{folder} is complete", soft_wrap=True)
                 return

@@ -3,11 +3,12 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 
 from attacks.run import explain, harden, perturb, sweep
-from attacks.run.hygiene import CHECK_IMAGES
+from attacks.run.hygiene import CHECK_IMAGES, FEWEST_IMAGES
 from attacks.run.subject import add_options
 from train.cli import Parser, make_console, number, run_command
 from train.distributed import World, connect
@@ -64,13 +65,22 @@ ATTACKS = {
 }
 
 
+class OwnParser(Parser):
+    """Of one attack, that refuses the flags of others itself: argparse would have the outer parser do so, nameless."""
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:
+        namespace, unknown = super().parse_known_args(*arguments, **options)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+
 def make_parser() -> argparse.ArgumentParser:
-    prog = "python -m attacks.run"
+    prog, names = "python -m attacks.run", f"{{{','.join(ATTACKS)}}}"
     parser = Parser(
-        prog=prog, usage=f"{prog} {{{','.join(ATTACKS)}}} CHECKPOINT... [options]", description=DESCRIPTION,
-        epilog=EXAMPLES,
+        prog=prog, usage=f"{prog} {names} CHECKPOINT... [options]", description=DESCRIPTION, epilog=EXAMPLES
     )
-    choices = parser.add_subparsers(dest="attack", required=True, metavar="ATTACK", parser_class=Parser)
+    choices = parser.add_subparsers(dest="attack", required=True, metavar=names, parser_class=OwnParser)
     for name, attack in ATTACKS.items():
         own = choices.add_parser(
             name, help=attack.help, prog=f"{prog} {name}", usage=f"{prog} {name} CHECKPOINT... [options]",
@@ -80,8 +90,9 @@ def make_parser() -> argparse.ArgumentParser:
         attack.add_options(own)
         if name != "saliency":
             own.add_argument(
-                "--check-images", type=number(int, above=0), default=CHECK_IMAGES, metavar="N",
-                help=f"images of the checks at the report's end, evenly over the classes ({CHECK_IMAGES})",
+                "--check-images", type=number(int, least=FEWEST_IMAGES), default=CHECK_IMAGES, metavar="N",
+                help=f"images of the checks at the report's end, evenly over the classes ({CHECK_IMAGES}; "
+                f"at least {FEWEST_IMAGES})",
             )
     return parser
 

@@ -135,7 +135,7 @@ def run_one(subject: Subject, folder: Path, *, images: int, console: Console) ->
         explained = explain(subject, pictured, console)
     layers = [step.layer for step in next(iter(explained.values())).steps[1:]]
     report = subject.conditions() | {
-        "images": len(pictured.x), "batch_size": len(pictured.x), "precision": "float32", "randomised_seeds": SEEDS,
+        "images": len(pictured.x), "batch_size": len(pictured.x), "randomised_seeds": SEEDS,
         "pictures": [
             {"true": true, "predicted": predicted, "confidence": confidence}
             for true, predicted, confidence in zip(
@@ -232,7 +232,7 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
                       in_words(figures["floor"]))
     console.print(table)
     console.print(
-        "Maps of the predicted classes, float32; means over the images. Layers are randomised from the output to the "
+        "Maps of the predicted classes; means over the images. Layers are randomised from the output to the "
         f"input; the floor is what two models with no layer left have in common. {describe(report)}"
     )
 
@@ -319,7 +319,10 @@ def forgetting(subject: Subject, pictured: Pictured, explained: dict[str, Explai
             value = in_words(method.steps[place].correlation[row].item())
             axes[row, column].set_xlabel(f"correlation {value}", fontsize="small")
     below.suptitle(f"{name}: maps of the class predicted at first", fontsize="medium")
-    figure.suptitle(f"{subject.settings.model}: do the maps depend on what it learned?")
+    figure.suptitle(
+        f"{subject.settings.model}: do the maps depend on what it learned? Means over {len(pictured.x)} images of "
+        f"{Path(subject.settings.data).name}", fontsize="medium",
+    )
     return figure
 
 

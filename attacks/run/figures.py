@@ -1,6 +1,5 @@
 """What the attacking command draws."""
 
-import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from attacks.run.hygiene import REACH, STEPS, Examination
 from attacks.run.subject import Space, Subject
 from train.files import atomic_write
 
@@ -21,13 +21,6 @@ LINE = 24  # characters of a caption at that width
 def save_figure(file: Path, figure: Figure) -> None:
     with atomic_write(file) as png:
         figure.savefig(png, format="png")
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """"12.3 ± 0.4", the mean and the sample standard deviation; one value stands alone."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 @torch.no_grad()
@@ -61,7 +54,7 @@ def picture_grid(
         pictures = for_display(0.5 + factor * change)
         for row in range(rows):
             show(axes[row, -1], pictures[row])
-        axes[0, -1].set_title(f"difference × {factor:.3g}", fontsize="medium")
+        axes[0, -1].set_title(f"last less first, × {factor:.3g}", fontsize="medium")
     for row in range(rows):
         axes[row, 0].set_ylabel(textwrap.fill(names[y[row]], 16), fontsize="medium")
     figure.suptitle(title)
@@ -81,15 +74,31 @@ def for_display(pixels: Tensor) -> Tensor:
 
 
 def security_curve(
-    axes: Axes, curve: Sequence[tuple[float, float]], others: dict[str, float], *, epsilon: float, label: str,
+    axes: Axes, examination: Examination, space: Space, others: dict[str, float], *, of: str = "",
     colour: str = "tab:blue",
 ) -> None:
-    """Top-1 over epsilon, each epsilon one place further, and single attacks at the one that was asked for."""
-    places = range(len(curve))
-    axes.plot(places, [top1 for _, top1 in curve], marker="o", color=colour, label=label)
-    here = [size for size, _ in curve].index(epsilon)
-    for (name, top1), marker in zip(others.items(), "sD^v", strict=False):
-        axes.plot([here], [top1], marker=marker, linestyle="none", markersize=7, fillstyle="none",
-                  color=colour, label=name)
-    axes.set_xticks(places, [f"{size:.3g}" for size, _ in curve], rotation=45)
-    axes.set(xlabel="epsilon", ylabel="top-1 (%)", ylim=(0, None))
+    """Top-1 over epsilon on a logarithmic axis, the clean images at its left end, and single attacks at the epsilon
+    that was asked for; `of` says whose it is, where there are several."""
+    (_, clean), *attacked = examination.curve
+    sizes, top1 = zip(*attacked, strict=True)
+    left = sizes[0] / 2  # where the clean images stand
+    axes.plot([left, *sizes], [clean, *top1], marker="o", color=colour,
+              label=f"{of}untargeted, {STEPS} steps of {REACH / STEPS:g} epsilon")
+    for (name, value), marker in zip(others.items(), "sD^v", strict=False):
+        axes.plot([examination.epsilon], [value], marker=marker, linestyle="none", markersize=7, fillstyle="none",
+                  color=colour, label=f"{of}{name}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([left, *sizes], ["clean", *(f"{size:.3g}" for size in sizes)], rotation=45)
+    axes.minorticks_off()
+    axes.set(xlabel=f"epsilon ({space.describe()})", ylabel="top-1 (%)")
+
+
+def grouped_bars(axes: Axes, groups: Sequence[str], bars: dict[str, Sequence[float]], colours: dict[str, str]) -> None:
+    """A bar for each name in each group, its height above it; top-1 in percent."""
+    width = 0.76 / len(bars)
+    for i, (name, values) in enumerate(bars.items()):
+        places = [n + (i - (len(bars) - 1) / 2) * width for n in range(len(values))]
+        drawn = axes.bar(places, values, width, color=colours[name], label=name)
+        axes.bar_label(drawn, fmt="%.1f", fontsize="small")
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set(ylabel="top-1 (%)")

@@ -1,7 +1,8 @@
 """robust: what adversarial training is worth, beside a copy that is trained as long on clean images."""
 
 import argparse
-from dataclasses import replace
+import statistics
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,26 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
 
 from attacks.objective import TARGETS
-from attacks.run.figures import mean_and_spread, save_figure, security_curve
+from attacks.run.counting import SUMS, accuracies, in_words, sums_under, together, write_together
+from attacks.run.figures import grouped_bars, save_figure, security_curve
 from attacks.run.hygiene import Examination, examine, print_examination
 from attacks.run.kept import over_batches
-from attacks.run.subject import Subject, describe, each_subject, load_subject, make_space
+from attacks.run.subject import Space, Subject, describe, each_subject, load_subject, make_space, size
 from attacks.run.sweep import beside
-from attacks.sweep import Setting, sweep
+from attacks.sweep import WRITEUP, Setting, sweep
 from train import checkpoint, writeup
 from train.cli import number
 from train.distributed import World
 from train.files import read_csv, write_csv, write_json
-from train.meter import Meter
-from train.recipes import Settings
+from train.recipes import DEFAULTS, Settings
 from train.run_folder import METRICS
 from train.session import train_in
 
 COPIES = ("plain", "adversarial")
 CONDITIONS = ("clean", *TARGETS)
-STEPS, STEP_SIZE = 10, 0.01  # of the attacks at the end: the write-up gives none, these are its defaults
 COLOURS = {"plain": "tab:blue", "adversarial": "tab:orange"}
 
 DESCRIPTION = """\
@@ -48,33 +47,40 @@ examples:
 
 Both copies start from the checkpoint's weights and train with its recipe,
 whose schedule begins anew; they are ordinary run folders. The attacks at the
-end take 10 steps of 0.01 in a ball of --epsilon, on the weights after the last
-epoch. An interrupted command goes on where it was. Of several checkpoints
+end take 10 steps of 0.01 in a ball of --epsilon (of epsilon / 10 where that is
+more), on the weights after the last epoch. An interrupted command goes on where it was. Of several checkpoints
 (seeds, say) the mean and the standard deviation are told as well.
 """
 
 
 def add_own_options(parser: argparse.ArgumentParser) -> None:
-    add, whole, size = parser.add_argument, number(int, above=0), number(float, above=0)
+    add, whole = parser.add_argument, number(int, above=0)
+    steps, step_size, epsilon = (DEFAULTS[f"adversarial_{name}"] for name in ("steps", "step_size", "epsilon"))
     add("--epochs", type=whole, default=10, metavar="N", help="further epochs of each copy (10)")
     add("--target", choices=TARGETS, default="least_likely", help="of the images trained on (least_likely)")
-    add("--steps", type=whole, default=5, metavar="N", help="steps that make them (5)")
-    add("--step-size", type=size, default=0.01, metavar="X", help="of a step, in normalised space (0.01)")
-    add("--epsilon", type=size, default=0.1, metavar="X", help="radius of the ball, also at the end (0.1)")
+    add("--steps", type=whole, default=steps, metavar="N", help=f"steps that make them ({steps})")
+    add("--step-size", type=size, default=step_size, metavar="X", help=f"of a step, in normalised space ({step_size})")
+    add("--epsilon", type=size, default=epsilon, metavar="X", help=f"radius of the ball, also at the end ({epsilon})")
 
 
 def run(arguments: argparse.Namespace, console: Console, world: World) -> None:
     work = partial(run_one, arguments=arguments, console=console)
     reports = each_subject(arguments, console, world, work)
     if len(reports) > 1 and world.is_main:
-        print_together(console, reports)
+        rows = together(list(map(csv_rows, reports)))
+        print_together(console, rows, reports)
+        write_together(arguments.out, "robust-together.csv", rows, console)
 
 
 def run_one(pretrained: Subject, folder: Path, *, arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     world = pretrained.world
     folder = folder if arguments.out else folder / "robust"
+    steps = WRITEUP[0].num_steps  # it gives no settings for this attack: its first ones, long enough to reach epsilon
+    setting = Setting(
+        num_steps=steps, step_size=max(WRITEUP[0].step_size, arguments.epsilon / steps), epsilon=arguments.epsilon
+    )
     report = {
-        "attack": {"num_steps": STEPS, "step_size": STEP_SIZE, "epsilon": arguments.epsilon, "precision": "float32"},
+        "attack": asdict(setting),
         "training": {
             "epochs": arguments.epochs, "target": arguments.target, "num_steps": arguments.steps,
             "step_size": arguments.step_size, "epsilon": arguments.epsilon,
@@ -86,17 +92,18 @@ def run_one(pretrained: Subject, folder: Path, *, arguments: argparse.Namespace,
         run_folder = folder / name
         train_in(run_folder, settings_of_copy(pretrained, name, arguments), console, world)
         subject = load_subject(run_folder / checkpoint.LAST, arguments, console, world)
-        setting = Setting(num_steps=STEPS, step_size=STEP_SIZE, epsilon=arguments.epsilon)
         part = folder / f"{name}.part.json"
         key = subject.conditions() | {"attack": report["attack"]}
         sums = over_batches(subject, part, key, partial(attack_batch, subject, setting), console)
         if not world.is_main:
             continue
         examinations[name] = examine(
-            subject, make_space(subject), epsilon=arguments.epsilon, images=arguments.check_images, console=console
+            subject, make_space(subject), epsilon=arguments.epsilon, images=arguments.check_images, console=console,
+            reported={target.replace("_", " "): partial(attacked, setting, target) for target in TARGETS},
         )
+        total = torch.tensor(sums, dtype=torch.float64).sum(dim=0)
         report["copies"][name] = {
-            **accuracies(torch.tensor(sums, dtype=torch.float64).sum(dim=0), len(subject.data.classes)),
+            **{under: accuracies(row, len(subject.data.classes)) for under, row in zip(CONDITIONS, total, strict=True)},
             "seconds_per_epoch": seconds_per_epoch(run_folder), "checks": examinations[name].as_json(),
             "conditions": subject.conditions(),
         }
@@ -104,7 +111,7 @@ def run_one(pretrained: Subject, folder: Path, *, arguments: argparse.Namespace,
         return {}
     write_json(folder / "robust.json", report)
     write_csv(folder / "robust.csv", ("copy", "under", "top1", "top5"), csv_rows(report))
-    save_figure(folder / "robust.png", draw(report, examinations))
+    save_figure(folder / "robust.png", draw(report, examinations, make_space(pretrained)))
     for name in COPIES:
         (folder / f"{name}.part.json").unlink(missing_ok=True)
     print_report(console, report)
@@ -142,29 +149,20 @@ def seconds_per_epoch(folder: Path) -> float:
 
 
 def attack_batch(subject: Subject, setting: Setting, x: Tensor, y: Tensor, mine: slice) -> Tensor:
-    """(len(CONDITIONS), 4) float64: Meter's sums."""
-    x, y, classes = x[mine], y[mine], len(subject.data.classes)
-    sums = torch.zeros(len(CONDITIONS), 4, dtype=torch.float64, device=x.device)
+    """(len(CONDITIONS), SUMS) float64: Meter's sums."""
+    x, y = x[mine], y[mine]
     if not len(x):
-        return sums
-    meter = Meter(classes, x.device)
+        return torch.zeros(len(CONDITIONS), SUMS, dtype=torch.float64, device=x.device)
     with torch.no_grad():
-        under = {"clean": subject.model(x)}
-    for target in TARGETS:
-        (swept,) = sweep(subject.model, x, target, y, settings=(setting,))
-        under[target] = swept.logits
-    return torch.stack([meter.sums_of(logits, y, cross_entropy(logits, y)) for logits in under.values()])
+        under = [subject.model(x)]
+    under += [attacked(setting, target, subject.model, x, y) for target in TARGETS]
+    return sums_under(under, y, len(subject.data.classes))
 
 
-def accuracies(sums: Tensor, classes: int) -> dict[str, dict[str, float]]:
-    """{condition: {"top1", "top5"}}, in percent."""
-    found = {}
-    for name, row in zip(CONDITIONS, sums, strict=True):
-        meter = Meter(classes, sums.device)
-        meter.sums = row
-        _, top1, top5 = meter.compute()
-        found[name] = {"top1": top1, "top5": top5}
-    return found
+def attacked(setting: Setting, target: str, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """(N, K), the logits of what becomes of x."""
+    (swept,) = sweep(model, x, target, y, settings=(setting,))
+    return swept.logits
 
 
 def csv_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -198,8 +196,9 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     console.print(
         f"{training['epochs']} further epochs each; the adversarial copy's on images of {training['num_steps']} steps "
         f"of {training['step_size']:g}, epsilon {training['epsilon']:g}, {training['target'].replace('_', ' ')}. At "
-        f"the end {attack['num_steps']} steps of {attack['step_size']:g}, epsilon {attack['epsilon']:g}, float32. "
-        f"Started from: {describe(report['pretrained'])}"
+        f"the end {attack['num_steps']} steps of {attack['step_size']:g}, epsilon {attack['epsilon']:g}. The write-up "
+        "gives neither the schedule of these epochs nor its final attack: here they are the recipe's, from its "
+        f"beginning, and its default. Started from: {describe(report['pretrained'])}"
     )
     console.print(
         f"An adversarial epoch took {adversarial:.3g} s, a plain one {plain:.3g} s: {adversarial / plain:.2f} times as "
@@ -207,44 +206,43 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     )
 
 
-def print_together(console: Console, reports: list[dict[str, Any]]) -> None:
+def print_together(console: Console, rows: list[dict[str, Any]], reports: list[dict[str, Any]]) -> None:
     """Mean and spread of several checkpoints' figures."""
-    table = make_table(f"top-1 (%) of {len(reports)} checkpoints: mean ± standard deviation")
+    table = Table(box=box.SIMPLE_HEAD, title=f"{rows[0]['n']} checkpoints: mean ± standard deviation (%)")
+    table.add_column("under")
     for name in COPIES:
-        table.add_row(
-            name, *(mean_and_spread([report["copies"][name][under]["top1"] for report in reports])
-                    for under in CONDITIONS)
-        )  # fmt: skip
-    gains = [
-        [report["copies"]["adversarial"][under]["top1"] - report["copies"]["plain"][under]["top1"]
-         for report in reports]
-        for under in CONDITIONS
-    ]  # fmt: skip
-    table.add_row("difference", *map(mean_and_spread, gains))
+        table.add_column(f"{name}: top-1 / top-5", justify="right")
+    table.add_column("top-1 gained", justify="right")
+    for under in CONDITIONS:
+        plain, adversarial = (row for row in rows if row["under"] == under)
+        gains = [
+            report["copies"]["adversarial"][under]["top1"] - report["copies"]["plain"][under]["top1"]
+            for report in reports
+        ]
+        gained = f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains):.1f}"
+        table.add_row(under.replace("_", " "), in_words(plain), in_words(adversarial), gained)
     console.print(table)
 
 
-def draw(report: dict[str, Any], examinations: dict[str, Examination]) -> Figure:
+def draw(report: dict[str, Any], examinations: dict[str, Examination], space: Space) -> Figure:
     """Top-1 of both copies under each attack, and over epsilon."""
-    figure = Figure(figsize=(10.5, 4.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11.5, 4.6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
-    width = 0.38
-    for i, name in enumerate(COPIES):
-        values = [report["copies"][name][under]["top1"] for under in CONDITIONS]
-        places = [n + (i - 0.5) * width for n in range(len(values))]
-        bars = left.bar(places, values, width, color=COLOURS[name], label=f"{name} copy")
-        left.bar_label(bars, fmt="%.1f", fontsize="small")
-    left.set_xticks(range(len(CONDITIONS)), [name.replace("_", " ") for name in CONDITIONS])
-    left.set(ylabel="top-1 (%)", title=f"{report['pretrained']['images']:,} images")
-    left.legend(fontsize="small")
+    grouped_bars(
+        left, [name.replace("_", " ") for name in CONDITIONS],
+        {name: [report["copies"][name][under]["top1"] for under in CONDITIONS] for name in COPIES}, COLOURS,
+    )
+    attack, pretrained, training = report["attack"], report["pretrained"], report["training"]
+    left.set_title(
+        f"{pretrained['images']:,} images; {attack['num_steps']} steps of {attack['step_size']:g}, "
+        f"epsilon {attack['epsilon']:g}", fontsize="medium",
+    )
+    left.legend(title="copy", fontsize="small")
     for name, examination in examinations.items():
-        security_curve(
-            right, examination.curve, examination.others, epsilon=report["attack"]["epsilon"],
-            label=f"{name} copy, untargeted PGD", colour=COLOURS[name],
-        )
-    right.set_title(f"over epsilon, {examinations['plain'].images} images")
+        security_curve(right, examination, space, examination.others, of=f"{name}: ", colour=COLOURS[name])
+    right.set_title(f"over epsilon (L-infinity), {examinations['plain'].images} images", fontsize="medium")
+    right.set(ylim=(0, None))
     right.legend(fontsize="x-small")
-    pretrained, training = report["pretrained"], report["training"]
     figure.suptitle(
         f"{pretrained['model']}, {Path(pretrained['data']).name}, {pretrained['image_size']} px: {training['epochs']} "
         "more epochs, adversarial or plain"

@@ -6,24 +6,34 @@ epsilon, black-box attacks that beat white-box ones; and one of our own, a convo
 """
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from attacks.apgd import apgd
 from attacks.pgd import AttackReport, attack_report
 from attacks.run.autoattack import autoattack
 from attacks.run.kept import progress_bar
-from attacks.run.subject import Space, Subject
+from attacks.run.subject import Space, Subject, uses_tf32
 from attacks.square import square
+from train.data import spread
 from train.devices import one_thread
+
+CHECK_IMAGES, FEWEST_IMAGES = 128, 20  # of fewer, chance alone turns more than any check could tell
+KERNEL_IMAGES = 32  # of which the interpreter computes every step
+STEPS, ADAPTIVE_STEPS, QUERIES = 10, 50, 100
+REACH = 2.5  # epsilons that the steps of one attack make together, so that it reaches any point (Madry et al. 2018)
+CURVE = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of epsilon; doubled on where more than chance is still right
 
 # Of a sound network's input gradient less than this is exactly 0; more, and steps are not taken that should be.
 MANY_ZEROS = 0.05
@@ -31,24 +41,29 @@ MANY_ZEROS = 0.05
 MANY_STUCK = 0.10
 # Chance may turn as many images, in percent: the border between right and wrong is a matter of rounding.
 SLACK = 2.0
-# What APGD may win by its fifty adaptive steps without speaking against ten plain ones, in percent.
+# What many adaptive steps may win without speaking against ten plain ones, in percent.
 BETTER_STEPS = 5.0
+# Relative L2 distance of two convolutions' input gradients: rounding gives 1e-5 in float32 and some percent in TF32.
+GRADIENTS_APART, GRADIENTS_APART_TF32 = 1e-2, 1e-1
 
-CHECK_IMAGES = 128
-KERNEL_IMAGES = 32  # of which the interpreter computes every step
-STEPS, ADAPTIVE_STEPS, QUERIES = 10, 50, 100
-FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of epsilon, for the curve
+OK, WEAK, DOUBT, UNDECIDED = "ok", "weak", "doubt", "-"
+STYLES = {OK: "green", WEAK: "yellow", DOUBT: "bold red", UNDECIDED: "dim"}
+
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""attack(model, x, y) -> logits (N, K) of what it made of x (N, C, H, W), whose true labels are y."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """One question to a model, and its answer."""
+    """One question to a model or an attack, and its answer."""
 
     name: str
     found: str
     """The figures, in words."""
-    doubt: str | None = None
-    """What speaks against believing an accuracy under attack; None where nothing does."""
+    verdict: str = OK
+    """A key of STYLES: DOUBT speaks against believing an accuracy under attack, WEAK against calling it robustness."""
+    words: str = ""
+    """Of DOUBT and WEAK, why."""
     figures: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,15 +73,16 @@ class Examination:
 
     images: int
     """How many were attacked; KERNEL_IMAGES at most for the kernel check."""
+    epsilon: float
     curve: list[tuple[float, float]]
-    """(epsilon, top-1 in percent) under untargeted attacks, the clean images first."""
+    """(epsilon, top-1 in percent) under untargeted attacks of STEPS steps, the clean images first."""
     others: dict[str, float]
-    """Top-1 in percent under other attacks, at the epsilon in the middle of the curve."""
+    """Top-1 in percent under other attacks at `epsilon`."""
     checks: list[Check]
 
     @property
     def doubts(self) -> list[str]:
-        return [check.doubt for check in self.checks if check.doubt]
+        return [check.words for check in self.checks if check.verdict == DOUBT]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,62 +98,97 @@ class Examiner:
     """(N, 3, S, S), of `space`."""
     y: Tensor
     epsilon: float
-    norm: str
+    norm: str = "linf"
 
     @property
     def network(self) -> nn.Module:
         return self.space.model(self.subject.model)
 
     @property
-    def slack(self) -> float:
-        """What chance may turn, in percent."""
-        return max(SLACK, 200 / len(self.x))
+    def chance(self) -> float:
+        """Percent that guessing gets right, and what chance may turn of it."""
+        return 100 / len(self.subject.data.classes) + slack_of(len(self.x))
 
-    def untargeted(self, epsilon: float, *, model: nn.Module | None = None, count: int | None = None) -> AttackReport:
-        """Ten steps, long enough to reach any point of the ball: 2.5 epsilon / steps (Madry et al. 2018)."""
+    @property
+    def largest(self) -> float:
+        """An epsilon that reaches from any image to any other."""
+        across = self.space.range
+        return across if self.norm == "linf" else across * math.sqrt(self.x[0].numel())
+
+    def untargeted(self, epsilon: float) -> AttackReport:
+        return self.untargeted_on(self.network, self.x, self.y, epsilon)
+
+    def untargeted_on(self, model: nn.Module, x: Tensor, y: Tensor, epsilon: float) -> AttackReport:
         return attack_report(
-            self.network if model is None else model, self.x[:count], "untargeted", self.y[:count], num_steps=STEPS,
-            step_size=2.5 * epsilon / STEPS, epsilon=epsilon, norm=self.norm, bounds=self.space.bounds,
+            model, x, "untargeted", y, num_steps=STEPS, step_size=REACH * epsilon / STEPS, epsilon=epsilon,
+            norm=self.norm, bounds=self.space.bounds,
         )
 
     def right(self, logits: Tensor) -> Tensor:
         """(N,) bool."""
-        return logits.argmax(dim=1) == self.y[: len(logits)]
-
-    def top1(self, logits: Tensor) -> float:
-        return 100 * self.right(logits).double().mean().item()
+        return logits.argmax(dim=1) == self.y
 
 
 def examine(
     subject: Subject, space: Space, *, epsilon: float, images: int, console: Console, norm: str = "linf",
-    with_autoattack: bool = False,
+    reported: Mapping[str, Attack] | None = None, with_autoattack: bool = False,
 ) -> Examination:
-    """Attacks `images` of the subject's images, evenly over the classes, in ways that must agree with each other."""
+    """Attacks `images` of the subject's images, evenly over the classes, in ways that must agree with each other.
+
+    reported    the attacks whose accuracies are reported, by name: whether others of the same ball do better
+    """
     x, y = subject.some(images)
     examiner = Examiner(subject=subject, space=space, x=space.enter(x), y=y, epsilon=epsilon, norm=norm)
     with one_thread(subject.backend), progress_bar(console) as progress:
-        task = progress.add_task("checking: accuracy over epsilon", total=len(FACTORS) + 3 + with_autoattack)
-        reports = {}
-        for factor in FACTORS:
-            reports[factor] = examiner.untargeted(factor * epsilon)
-            progress.advance(task)
-        white = reports[1.0]
-        curve = [(0.0, examiner.top1(white.clean_logits))]
-        curve += [(factor * epsilon, examiner.top1(report.logits)) for factor, report in reports.items()]
+        told = Told(progress)
+        curve, white = security(examiner, told)
         right = {}
         compared = {"APGD": adaptive, "Square": black_box} | ({"AutoAttack": ensemble} if with_autoattack else {})
         for name, attack in compared.items():
-            progress.update(task, description=f"checking: {name}")
-            right |= {name: examiner.right(logits) for name, logits in attack(examiner).items()}
-            progress.advance(task)
-        progress.update(task, description="checking: the kernels")
-        checks = [
-            zero_gradients(white), rising_loss(white), falling_accuracy(examiner, curve),
-            *(stronger_attack(name, other, examiner.right(white.logits)) for name, other in right.items()),
-            kernels_agree(examiner, half_way(curve)),
-        ]
-    others = {name: 100 * other.double().mean().item() for name, other in right.items()}
-    return Examination(images=len(x), curve=curve, others=others, checks=checks)
+            with told(name):
+                right |= {long: examiner.right(logits) for long, logits in attack(examiner).items()}
+        worst = min(percent(examiner.right(white.logits)), *map(percent, right.values()))
+        checks = [zero_gradients(white), rising_loss(white), falling_accuracy(examiner, curve)]
+        checks += [stronger_attack(name, other, examiner.right(white.logits)) for name, other in right.items()]
+        with told("the kernels"):
+            checks.append(kernels_agree(examiner, half_way(curve)))
+        for name, attack in (reported or {}).items():
+            with told(name):
+                logits = attack(examiner.network, examiner.x, examiner.y)
+                checks.append(strong_enough(name, percent(examiner.right(logits)), worst))
+    others = {name: percent(other) for name, other in right.items()}
+    return Examination(images=len(x), epsilon=epsilon, curve=curve, others=others, checks=checks)
+
+
+class Told:
+    """told("what") names on a progress bar what is being checked."""
+
+    def __init__(self, progress: Progress):
+        self.progress, self.task = progress, progress.add_task("checking", total=None)
+
+    def __call__(self, what: str) -> "Told":
+        self.progress.update(self.task, description=f"checking: {what}")
+        return self
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.advance(self.task)
+
+
+def security(examiner: Examiner, told: Told) -> tuple[list[tuple[float, float]], AttackReport]:
+    """(`Examination.curve`, the attack of the examiner's own epsilon)."""
+    curve, white = [], None
+    for factor in itertools.chain(CURVE, (CURVE[-1] * 2**n for n in itertools.count(1))):
+        if factor > CURVE[-1] and (curve[-1][1] <= examiner.chance or curve[-1][0] >= examiner.largest):
+            break
+        epsilon = factor * examiner.epsilon
+        with told(f"epsilon {epsilon:.3g}"):
+            report = examiner.untargeted(epsilon)
+        curve.append((epsilon, percent(examiner.right(report.logits))))
+        if factor == 1:
+            white = report
+    return [(0.0, percent(examiner.right(white.clean_logits))), *curve], white
 
 
 # ---------------------------------------------------------------- the attacks compared with
@@ -176,10 +227,9 @@ def ensemble(examiner: Examiner) -> dict[str, Tensor]:
 
 def zero_gradients(report: AttackReport) -> Check:
     share = report.zero_gradient.nanmean().item()
-    doubt = f"{100 * share:.0f}% of the gradients' entries are exactly 0: the attack stands still there"
     return Check(
         name="zero gradients", found=f"{100 * share:.2f}% of the entries", figures={"share": share},
-        doubt=doubt if share > MANY_ZEROS else None,
+        **doubt_if(share > MANY_ZEROS, stood_still(share)),
     )
 
 
@@ -187,28 +237,26 @@ def rising_loss(report: AttackReport) -> Check:
     first, last = report.loss[0], report.loss[-1]
     stuck = ~(last > first)  # NaN too
     share = stuck.double().mean().item()
-    doubt = f"of {100 * share:.0f}% of the images the loss did not rise along the attack"
     return Check(
         name="rising loss",
         found=f"mean {first.mean():.2f} to {last.mean():.2f}; not risen: {100 * share:.1f}% of the images",
         figures={"mean": report.loss.mean(dim=1).tolist(), "not_risen": share},
-        doubt=doubt if share > MANY_STUCK else None,
+        **doubt_if(share > MANY_STUCK, f"of {100 * share:.0f}% of the images the loss did not rise along the attack"),
     )
 
 
 def falling_accuracy(examiner: Examiner, curve: Sequence[tuple[float, float]]) -> Check:
-    """Down with epsilon, and to chance or below at its largest, where hardly a feature of the image is left."""
+    """Down with epsilon, and to chance where it reaches any image from any other."""
     (_, clean), *_, (largest, end) = curve
-    slack, chance = examiner.slack, 100 / len(examiner.subject.data.classes)
-    doubt = None
+    words = ""
     for (near, before), (far, after) in itertools.pairwise(curve):
-        if after > before + slack:
-            doubt = f"epsilon {far:g} leaves more right ({after:.1f}%) than epsilon {near:g} ({before:.1f}%)"
-    if doubt is None and end > chance + slack:
-        doubt = f"even epsilon {largest:g} leaves {end:.1f}% right: the gradients lead nowhere"
+        if after > before + slack_of(len(examiner.x)):
+            words = f"epsilon {far:.3g} leaves more right ({after:.1f}%) than epsilon {near:.3g} ({before:.1f}%)"
+    if not words and end > examiner.chance:
+        words = f"even epsilon {largest:.3g} leaves {end:.1f}% right: the gradients lead nowhere"
     return Check(
-        name="accuracy falls with epsilon", found=f"{clean:.1f}% clean to {end:.1f}% at {largest:g}",
-        figures={"curve": [list(point) for point in curve]}, doubt=doubt,
+        name="accuracy falls with epsilon", found=f"{clean:.1f}% clean to {end:.1f}% at {largest:.3g}",
+        figures={"curve": [list(point) for point in curve]}, **doubt_if(bool(words), words),
     )
 
 
@@ -220,16 +268,27 @@ def stronger_attack(name: str, other: Tensor, white: Tensor) -> Check:
     Counted image by image, since a black box with few queries fools few: of a masked model a tenth, but those all in
     vain attacked by gradients.
     """
-    missed = white & ~other
-    share = 100 * missed.double().mean().item()
-    short = name.split(" (")[0]
-    least = BETTER_STEPS if short == "APGD" else SLACK
-    doubt = f"{name} fools {missed.sum()} images of {len(white)} that plain projected gradients leave right"
+    missed = (white & ~other).sum().item()
+    least = max(SLACK if "black box" in name else BETTER_STEPS, 200 / len(white))
     return Check(
-        name=short,
-        found=f"{100 * other.double().mean():.1f}% right; fools {missed.sum()} that plain PGD leaves right",
-        figures={"right": 100 * other.double().mean().item(), "missed": missed.sum().item()},
-        doubt=doubt if share > least and missed.sum() > 2 else None,
+        name=name.split(" (")[0], found=f"{percent(other):.1f}% right; fools {missed} that plain PGD leaves right",
+        figures={"attack": name, "top1": percent(other), "missed": missed},
+        **doubt_if(
+            100 * missed / len(white) > least,
+            f"{name} fools {missed} images of {len(white)} that plain projected gradients leave right",
+        ),
+    )
+
+
+def strong_enough(name: str, top1: float, worst: float) -> Check:
+    """Whether a reported attack does about as well as the best of the same ball: if not, it measures itself."""
+    found = f"{top1:.1f}% right; the best attack found leaves {worst:.1f}%"
+    if top1 <= worst + BETTER_STEPS:
+        return Check(name=name, found=found, figures={"top1": top1, "worst": worst})
+    return Check(
+        name=name, found=found, figures={"top1": top1, "worst": worst}, verdict=WEAK,
+        words=f"{name} leaves {top1:.1f}% right where other attacks of the same ball leave {worst:.1f}%: its accuracy "
+        "says how weak it is, not how robust the model",
     )
 
 
@@ -242,8 +301,9 @@ def half_way(curve: Sequence[tuple[float, float]]) -> float:
 def kernels_agree(examiner: Examiner, epsilon: float) -> Check:
     """Attacks crafted through one convolution and judged by another: a wrong gradient looks like robustness.
 
-    Triton's against PyTorch's native one. Right kernels give the four accuracies the same to a few images, for rounding
-    alone turns signs of tiny gradients, and so pixels, but not what an attack achieves.
+    Of the model's own convolution and Triton's, or where that is its own, PyTorch's. Right kernels give the four
+    accuracies the same to a few images, for rounding alone turns signs of tiny gradients, and so pixels, but not what
+    an attack achieves; and before any step their gradients are the same to rounding.
     """
     name = "kernel check"
     mine = examiner.subject.settings.conv
@@ -251,35 +311,77 @@ def kernels_agree(examiner: Examiner, epsilon: float) -> Check:
     try:
         twin = examiner.subject.computed_by(other)
     except RuntimeError as error:  # Triton can neither compile nor interpret here
-        return Check(name=name, found=f"not made: {error}")
+        return Check(name=name, found=f"not made: {error}", verdict=UNDECIDED)
+    few = spread(examiner.y.cpu().numpy(), KERNEL_IMAGES)
+    x, y = examiner.x[few], examiner.y[few]
     models = {conv: examiner.space.model(subject.model) for conv, subject in ((mine, examiner.subject), (other, twin))}
     with one_thread(twin.backend):
-        top1 = crossed(examiner, models, epsilon)
-    count = min(KERNEL_IMAGES, len(examiner.x))
-    apart = max(top1.values()) - min(top1.values())
+        distance = gradients_apart(*models.values(), x, y)
+        clean, top1 = crossed(examiner, models, x, y, epsilon)
+    apart, fooled = max(top1.values()) - min(top1.values()), clean - min(top1.values())
     how = "interpreted" if "interpreter" in (examiner.subject.backend, twin.backend) else "compiled"
-    doubt = None
-    if apart > max(SLACK, 200 / count):
+    words = ""
+    if apart > slack_of(len(x)):
         each = ", ".join(f"{which} {value:.1f}%" for which, value in top1.items())
-        doubt = f"attacks through one convolution do not hold for the other: right are {each}"
+        words = f"attacks through one convolution do not hold for the other: right are {each}"
+    limit = GRADIENTS_APART_TF32 if uses_tf32(examiner.subject.device) else GRADIENTS_APART
+    if not distance <= limit:
+        words += f"{'; ' if words else ''}input gradients by {mine} and {other} differ by {100 * distance:.1f}%"
+    undecided = not words and fooled <= slack_of(len(x))
     return Check(
         name=name,
         found=f"{' / '.join(f'{value:.1f}' for value in top1.values())}% right, crafted and judged by {mine} and "
-        f"{other} (Triton {how}, epsilon {epsilon:.3g}, {count} images)",
-        figures={"top1": top1, "images": count, "epsilon": epsilon, "triton": how}, doubt=doubt,
+        f"{other}; gradients {distance:.1e} apart (Triton {how}, epsilon {epsilon:.3g}, {len(x)} images)"
+        + ("; the attack fools too few to tell" if undecided else ""),
+        figures={
+            "top1": top1, "clean": clean, "gradients_apart": distance, "images": len(x), "epsilon": epsilon,
+            "triton": how,
+        },
+        **({"verdict": UNDECIDED} if undecided else doubt_if(bool(words), words)),
     )
 
 
+def gradients_apart(one: nn.Module, other: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The relative L2 distance of two models' input gradients at x (N, C, H, W) with labels y."""
+
+    def gradient(model: nn.Module) -> Tensor:
+        asked = x.clone().requires_grad_()
+        return torch.autograd.grad(cross_entropy(model(asked), y, reduction="sum"), asked)[0].double()
+
+    a, b = gradient(one), gradient(other)
+    return ((a - b).norm() / b.norm().clamp(min=torch.finfo(x.dtype).tiny)).item()
+
+
 @torch.no_grad()
-def crossed(examiner: Examiner, models: dict[str, nn.Module], epsilon: float) -> dict[str, float]:
-    """{"crafted by a, judged by b": top-1} of each pair of models that differ in their convolution."""
-    top1 = {}
+def crossed(
+    examiner: Examiner, models: dict[str, nn.Module], x: Tensor, y: Tensor, epsilon: float
+) -> tuple[float, dict[str, float]]:
+    """Top-1 of clean images, and {"crafted by a, judged by b": top-1} of each pair of models."""
+    top1, clean = {}, 0.0
     for crafted, model in models.items():
-        report = examiner.untargeted(epsilon, model=model, count=KERNEL_IMAGES)
+        report = examiner.untargeted_on(model, x, y, epsilon)
+        clean = percent(report.clean_logits.argmax(dim=1) == y)
         for judged, judge in models.items():
-            how = f"crafted by {crafted}, judged by {judged}"
-            top1[how] = examiner.top1(judge(report.adversarial))
-    return top1
+            top1[f"crafted by {crafted}, judged by {judged}"] = percent(judge(report.adversarial).argmax(dim=1) == y)
+    return clean, top1
+
+
+def doubt_if(doubted: bool, words: str) -> dict[str, str]:
+    """Of a Check, its verdict and its words."""
+    return {"verdict": DOUBT, "words": words} if doubted else {}
+
+
+def stood_still(share: float) -> str:
+    return f"{100 * share:.0f}% of the gradients' entries are exactly 0: the attack stands still there"
+
+
+def slack_of(images: int) -> float:
+    """What chance may turn of so many images, in percent: two of them at least."""
+    return max(SLACK, 200 / images)
+
+
+def percent(which: Tensor) -> float:
+    return 100 * which.double().mean().item()
 
 
 # ---------------------------------------------------------------- what is shown
@@ -299,9 +401,9 @@ def print_examination(console: Console, examination: Examination, *, of: str = "
     table.add_column("found")
     table.add_column("", justify="right")
     for check in examination.checks:
-        verdict, style = ("doubt", "bold red") if check.doubt else ("ok", "green")
-        if check.found.startswith("not made"):
-            verdict, style = "-", "dim"
-        table.add_row(check.name, check.found, Text(verdict, style))
+        table.add_row(check.name, check.found, Text(check.verdict, STYLES[check.verdict]))
     console.print(table)
     print_doubts(console, examination.doubts)
+    for check in examination.checks:
+        if check.verdict == WEAK:
+            console.print(f"{check.words}.", style="yellow")

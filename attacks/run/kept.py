@@ -15,7 +15,7 @@ from train.devices import one_thread
 from train.files import write_json
 
 # Conditions that do not decide a figure.
-IRRELEVANT = ("checkpoint", "data", "commit")
+IRRELEVANT = ("checkpoint", "data")
 
 
 def over_batches(
@@ -44,6 +44,8 @@ def over_batches(
                     write_json(file, {"key": deciding, "results": results})
                 progress.update(task, completed=len(results))
     except KeyboardInterrupt:
+        if not results:
+            raise UserError(f"interrupted before the first of {subject.batch_count} batches was done") from None
         raise UserError(
             f"interrupted after {len(results)} of {subject.batch_count} batches; "
             f"the same command goes on from {file}"

@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,28 @@ from torch import Tensor
 from attacks.objective import TARGETS
 from attacks.pgd import AttackReport, attack_report, pgd
 from attacks.run.autoattack import CLASSES, require_autoattack
-from attacks.run.figures import mean_and_spread, picture_grid, save_figure, security_curve
-from attacks.run.hygiene import MANY_ZEROS, Examination, examine, print_doubts, print_examination
+from attacks.run.counting import in_words, together, write_together
+from attacks.run.figures import picture_grid, save_figure, security_curve
+from attacks.run.hygiene import (
+    MANY_ZEROS,
+    Attack,
+    Examination,
+    examine,
+    percent,
+    print_doubts,
+    print_examination,
+    stood_still,
+)
 from attacks.run.kept import over_batches
-from attacks.run.subject import Space, Subject, describe, each_subject, make_space
+from attacks.run.subject import Space, Subject, describe, each_subject, make_space, size
 from train.cli import UserError, number
 from train.distributed import World
 from train.files import write_csv, write_json
 
 NORMALIZED, PIXEL = SPACES = ("normalized", "pixel")
-# Of 0.1 in normalised space the course write-up; of 8 grey levels the literature on CIFAR and ImageNet.
-DEFAULTS = {NORMALIZED: {"step_size": 0.01, "epsilon": 0.1}, PIXEL: {"step_size": 2 / 255, "epsilon": 8 / 255}}
+# Of 0.1 in normalised space the course write-up; of 8 grey levels, and of 0.5 in L2, the literature on CIFAR.
+EPSILONS = {("linf", NORMALIZED): 0.1, ("linf", PIXEL): 8 / 255, ("l2", NORMALIZED): 2.0, ("l2", PIXEL): 0.5}
+STEP_SIZE, SHARE = 0.01, 0.25  # the write-up's step, whatever epsilon; elsewhere a share of epsilon
 SHOWN_IMAGES = 6
 
 DESCRIPTION = """\
@@ -68,23 +78,13 @@ class Sizes:
     restarts: int
 
 
-def size(text: str) -> float:
-    """An argparse type: a number of at least 0, or a fraction as 8/255."""
-    try:
-        value = float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
-    return value
-
-
 def add_own_options(parser: argparse.ArgumentParser) -> None:
     add, whole = parser.add_argument, number(int, above=0)
     add("--target", default="least_likely", metavar="TARGET", help="what it aims at: see below (least_likely)")
     add("--steps", type=whole, default=10, metavar="N", help="steps (10)")
-    add("--step-size", type=size, metavar="X", help="of a step (0.01; in pixels 2/255)")
-    add("--epsilon", type=size, metavar="X", help="radius of the ball (0.1; in pixels 8/255)")
+    add("--step-size", type=size, metavar="X", help="of a step (0.01; in pixels, and of L2, epsilon / 4)")
+    add("--epsilon", type=size, metavar="X",
+        help="radius of the ball (0.1; in pixels 8/255; of L2 2, in pixels 0.5)")
     add("--eps-space", choices=SPACES, default=NORMALIZED, help="where these two live (normalized)")
     add("--clamp", action=argparse.BooleanOptionalAction,
         help="keep pixels within their range (default: only with --eps-space pixel)")
@@ -102,31 +102,31 @@ def run(arguments: argparse.Namespace, console: Console, world: World) -> None:
         if not (arguments.eps_space == PIXEL and arguments.clamp):
             raise UserError("--autoattack attacks pixels of 0 to 1: it needs --eps-space pixel, and no --no-clamp")
         require_autoattack()
-    defaults = DEFAULTS[arguments.eps_space]
+    kind = (arguments.norm, arguments.eps_space)
+    epsilon = arguments.epsilon or EPSILONS[kind]
     sizes = Sizes(
         target=arguments.target, num_steps=arguments.steps,
-        step_size=defaults["step_size"] if arguments.step_size is None else arguments.step_size,
-        epsilon=defaults["epsilon"] if arguments.epsilon is None else arguments.epsilon,
-        norm=arguments.norm, random_start=arguments.random_start, restarts=arguments.restarts,
+        step_size=arguments.step_size or (STEP_SIZE if kind == ("linf", NORMALIZED) else SHARE * epsilon),
+        epsilon=epsilon, norm=arguments.norm, random_start=arguments.random_start, restarts=arguments.restarts,
     )
-    if sizes.epsilon == 0:
-        raise UserError("--epsilon 0 leaves nothing to attack")
     reports = each_subject(
-        arguments, console, world, partial(run_one, arguments=arguments, sizes=sizes, console=console)
+        arguments, console, world, partial(run_one, arguments=arguments, sizes=sizes, console=console),
+        check=partial(require_fit, target=sizes.target, with_autoattack=arguments.autoattack),
     )
     if len(reports) > 1 and world.is_main:
-        print_together(console, reports)
+        rows = together([
+            [{"images": name, **report[name]} for name in ("clean", "attacked")] for report in reports
+        ])  # fmt: skip
+        print_together(console, rows)
+        write_together(arguments.out, "pgd-together.csv", rows, console)
 
 
 def run_one(
     subject: Subject, folder: Path, *, arguments: argparse.Namespace, sizes: Sizes, console: Console
 ) -> dict[str, Any]:
     space = make_space(subject, arguments.eps_space, clamp=arguments.clamp)
-    require_target(subject, sizes.target)
-    if arguments.autoattack and len(subject.data.classes) < CLASSES:
-        raise UserError(f"--autoattack needs {CLASSES} classes or more, {subject.file} has {len(subject.data.classes)}")
     conditions = {
-        "attack": asdict(sizes) | {"eps_space": space.name, "clamp": space.clamp, "precision": "float32"},
+        "attack": asdict(sizes) | {"eps_space": space.name, "clamp": space.clamp},
         **subject.conditions(),
     }
     part = folder / "pgd.part.json"
@@ -134,19 +134,20 @@ def run_one(
     if not subject.world.is_main:
         return {}
     table = torch.tensor([row for rows in results for row in rows], dtype=torch.float64)
-    report = conditions | figures_of(table)
+    aimed = subject.data.classes.index(sizes.target) if sizes.target not in TARGETS else None
+    report = conditions | figures_of(table, aimed)
     report["doubts"] = doubts(report)
     examination = examine(
         subject, space, epsilon=sizes.epsilon, images=arguments.check_images, console=console, norm=sizes.norm,
-        with_autoattack=arguments.autoattack,
+        with_autoattack=arguments.autoattack, reported={"this attack": reported(subject, space, sizes)},
     )
     report["checks"] = examination.as_json()
     write_json(folder / "pgd.json", report)
     write_csv(folder / "pgd.csv", ("image", *COLUMNS, "first_loss", "last_loss"), image_rows(subject, table))
     save_figure(folder / "pgd-samples.png", samples(subject, space, sizes))
-    save_figure(folder / "pgd-security.png", security(report, examination))
+    save_figure(folder / "pgd-security.png", security(report, examination, space))
     part.unlink(missing_ok=True)
-    print_report(console, report, space, examination)
+    print_report(console, report, space)
     print_doubts(console, report["doubts"])
     print_examination(console, examination)
     names = ("pgd.json", "pgd.csv", "pgd-samples.png", "pgd-security.png")
@@ -154,8 +155,10 @@ def run_one(
     return report
 
 
-def require_target(subject: Subject, target: str) -> None:
-    """Raises UserError for one that is neither a name of TARGETS nor a class."""
+def require_fit(subject: Subject, *, target: str, with_autoattack: bool) -> None:
+    """Raises UserError for a target that is neither a name of TARGETS nor a class, and too few classes."""
+    if with_autoattack and len(subject.data.classes) < CLASSES:
+        raise UserError(f"--autoattack needs {CLASSES} classes or more, {subject.file} has {len(subject.data.classes)}")
     if target not in TARGETS and target not in subject.data.classes:
         classes = ", ".join(subject.data.classes[:12]) + (", ..." if len(subject.data.classes) > 12 else "")
         raise UserError(f"--target {target} is neither one of {', '.join(TARGETS)} nor a class: {classes}")
@@ -187,6 +190,11 @@ def attack(subject: Subject, space: Space, sizes: Sizes, x: Tensor, y: Tensor) -
     return attack_report(space.model(subject.model), x, y=y, bounds=space.bounds, **options)
 
 
+def reported(subject: Subject, space: Space, sizes: Sizes) -> Attack:
+    """The attack as `examine` asks for it."""
+    return lambda _, x, y: attack(subject, space, sizes, x, y).logits
+
+
 def target_of(subject: Subject, target: str, y: Tensor) -> str | Tensor:
     """As `pgd` takes it: a name, or the labels (N,) of a class."""
     return target if target in TARGETS else torch.full_like(y, subject.data.classes.index(target))
@@ -199,18 +207,20 @@ def judged(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return predicted, confidence, (first == y[:, None]).any(dim=1)
 
 
-def figures_of(table: Tensor) -> dict[str, Any]:
-    """What `attack_batch`'s rows of all images say, accuracies in percent."""
+def figures_of(table: Tensor, target: int | None) -> dict[str, Any]:
+    """What `attack_batch`'s rows of all images say, accuracies in percent; `target` is the class that was aimed at."""
     true, clean, _, clean_in5, predicted, _, in5, success, zeros, forwards, backwards = table.T[: len(COLUMNS)]
     loss = table[:, len(COLUMNS) :]
 
-    def percent(which: Tensor) -> float:
-        return 100 * which.double().mean().item()
-
+    # Those that the attack has still to turn: right ones, or with a class for a target those not taken for it.
+    left = (clean != target) if target is not None else (clean == true)
+    attackable = int(left.sum())
+    success_share = percent(success[left]) if attackable else None
     return {
         "clean": {"top1": percent(clean == true), "top5": percent(clean_in5)},
         "attacked": {"top1": percent(predicted == true), "top5": percent(in5)},
-        "success": percent(success), "zero_gradient": zeros.mean().item(), "mean_loss": loss.mean(dim=0).tolist(),
+        "attackable": attackable, "success": success_share, "zero_gradient": zeros.mean().item(),
+        "mean_loss": loss.mean(dim=0).tolist(),
         "queries_per_image": {"forwards": forwards.mean().item(), "backwards": backwards.mean().item()},
     }
 
@@ -230,8 +240,7 @@ def doubts(report: dict[str, Any]) -> list[str]:
     """Signs in the attack itself that its accuracy is an artefact."""
     found = []
     if report["zero_gradient"] > MANY_ZEROS:
-        found.append(f"{100 * report['zero_gradient']:.0f}% of the gradients' entries are exactly 0: the attack stood "
-                     "still")
+        found.append(stood_still(report["zero_gradient"]))
     first, last = report["mean_loss"][0], report["mean_loss"][-1]
     # "most_likely" raises the loss of whichever label is most confident, so that its loss has no direction.
     target = report["attack"]["target"]
@@ -243,7 +252,7 @@ def doubts(report: dict[str, Any]) -> list[str]:
 # ---------------------------------------------------------------- what is shown
 
 
-def print_report(console: Console, report: dict[str, Any], space: Space, examination: Examination) -> None:
+def print_report(console: Console, report: dict[str, Any], space: Space) -> None:
     table = Table(box=box.SIMPLE_HEAD, title="accuracy (%)")
     for column in ("", "top-1", "top-5"):
         table.add_column(column, justify="right" if column else "left")
@@ -252,16 +261,20 @@ def print_report(console: Console, report: dict[str, Any], space: Space, examina
     console.print(table)
     loss, queries = report["mean_loss"], report["queries_per_image"]
     console.print(
-        f"{attack_in_words(report['attack'])}; {space.describe()}; float32. Success: {report['success']:.2f}% of the "
-        f"images. Mean loss: {loss[0]:.3g} to {loss[-1]:.3g}. Queries an image: {queries['forwards']:.0f} forward, "
-        f"{queries['backwards']:.0f} backward. {describe(report)}"
+        f"{attack_in_words(report['attack'])}; {space.describe()}. {success_in_words(report)} Mean loss: {loss[0]:.3g} "
+        f"to {loss[-1]:.3g}. Queries an image: {queries['forwards']:.0f} forward, {queries['backwards']:.0f} backward. "
+        f"{describe(report)}"
     )
-    worst = min(top1 for epsilon, top1 in examination.curve if epsilon == report["attack"]["epsilon"])
-    if report["attack"]["target"] != "untargeted" and worst < report["attacked"]["top1"]:
-        console.print(
-            f"The attack is not the worst of its size: untargeted ones of the same epsilon leave {worst:.1f}% right "
-            f"({examination.images} images)."
-        )
+
+
+def success_in_words(report: dict[str, Any]) -> str:
+    target = report["attack"]["target"]
+    aimed = target not in TARGETS
+    if not report["attackable"]:
+        return f"No image was {f'not taken for {target} anyway' if aimed else 'right to begin with'}."
+    which = f"that were not taken for {target}" if aimed else "that were right"
+    how = "now are" if aimed else "are fooled"
+    return f"Of the {report['attackable']:,} images {which} {report['success']:.2f}% {how}."
 
 
 def attack_in_words(attack: dict[str, Any]) -> str:
@@ -274,13 +287,13 @@ def attack_in_words(attack: dict[str, Any]) -> str:
     )
 
 
-def print_together(console: Console, reports: list[dict[str, Any]]) -> None:
+def print_together(console: Console, rows: list[dict[str, Any]]) -> None:
     """Mean and spread of several checkpoints' figures."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"accuracy (%) of {len(reports)} checkpoints: mean ± standard deviation")
-    for column in ("", "top-1", "top-5"):
-        table.add_column(column, justify="right" if column else "left")
-    for name in ("clean", "attacked"):
-        table.add_row(name, *(mean_and_spread([report[name][top] for report in reports]) for top in ("top1", "top5")))
+    table = Table(box=box.SIMPLE_HEAD, title=f"accuracy (%) of {rows[0]['n']} checkpoints: mean ± standard deviation")
+    table.add_column("")
+    table.add_column("top-1 / top-5", justify="right")
+    for row in rows:
+        table.add_row(row["images"], in_words(row))
     console.print(table)
 
 
@@ -292,27 +305,25 @@ def samples(subject: Subject, space: Space, sizes: Sizes) -> Figure:
     adversarial = pgd(space.model(subject.model), x, y=y, bounds=space.bounds, **options)
     return picture_grid(
         subject, space, y, [("clean", x), ("perturbed", adversarial)], difference=True,
-        title=f"{subject.settings.model}: {attack_in_words(options | {'target': sizes.target})}",
+        title=f"{subject.settings.model}: {attack_in_words(options | {'target': sizes.target})}\n{space.describe()}",
     )
 
 
-def security(report: dict[str, Any], examination: Examination) -> Figure:
+def security(report: dict[str, Any], examination: Examination, space: Space) -> Figure:
     """Accuracy over epsilon, and the mean loss along the attack."""
     figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
-    attack = report["attack"]
-    this = f"{attack['target'].replace('_', ' ')}, {attack['num_steps']} steps ({report['images']:,} images)"
-    security_curve(
-        left, examination.curve, {this: report["attacked"]["top1"]} | examination.others, epsilon=attack["epsilon"],
-        label="untargeted, 10 steps of epsilon / 4",
-    )
-    left.set_title(f"accuracy over epsilon, {examination.images} images")
+    sizes = report["attack"]
+    this = f"{sizes['target'].replace('_', ' ')}, {sizes['num_steps']} steps ({report['images']:,} images)"
+    security_curve(left, examination, space, {this: report["attacked"]["top1"]} | examination.others)
+    norm = {"linf": "L-infinity", "l2": "L2"}[sizes["norm"]]
+    left.set(title=f"accuracy over epsilon ({norm}), {examination.images} images", ylim=(0, None))
     left.legend(fontsize="small")
     loss = report["mean_loss"]
     right.plot(range(len(loss)), loss, marker="o", color="tab:orange")
     right.set(
         xlabel="step", ylabel="mean loss of the label aimed at",
-        title=f"loss along the attack ({attack['target'].replace('_', ' ')})",
+        title=f"loss along the attack ({sizes['target'].replace('_', ' ')})",
     )
     figure.suptitle(f"{report['model']}, {Path(report['data']).name}, {report['image_size']} px")
     return figure

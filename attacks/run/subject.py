@@ -4,6 +4,7 @@ import argparse
 import hashlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +86,24 @@ class Subject:
             "model": self.settings.model, "conv": self.settings.conv, "backend": self.backend,
             "device": device_name(self.device), "processes": self.world.size, "data": self.settings.data,
             "data_fingerprint": self.data.fingerprint, "images": len(self.data), "classes": len(self.data.classes),
-            "image_size": self.settings.image_size, "batch_size": self.batch_size, "versions": versions(),
-            "commit": git_commit(),
+            "image_size": self.settings.image_size, "batch_size": self.batch_size,
+            "precision": "float32, convolutions in TF32" if uses_tf32(self.device) else "float32",
+            "versions": versions(), "commit": git_commit(),
         }
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Whether float32 convolutions are computed in TF32, by PyTorch's switch, which our kernels follow too."""
+    return device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def describe(report: dict[str, Any]) -> str:
     """What a report's conditions say of the images, the model and where it was computed, in a sentence or two."""
+    images = f"{report['images']:,} image{'s' if report['images'] > 1 else ''}"
     return (
-        f"{report['images']:,} images of {report['classes']} classes, {report['image_size']} px, {report['data']}; "
+        f"{images} of {report['classes']} classes, {report['image_size']} px, {report['data']}; "
         f"{report['model']}, {report['checkpoint']}, epoch {report['epoch']}; "
-        f"{describe_backend(report['backend'], report['device'])}."
+        f"{describe_backend(report['backend'], report['device'])}, {report['precision']}."
     )
 
 
@@ -122,6 +130,11 @@ class Space:
     std: Tensor
     clamp: bool
     """Whether pixels are kept within 0 ... 1."""
+
+    @property
+    def range(self) -> float:
+        """From the least valid pixel to the greatest, of the channel where that is farthest."""
+        return 1.0 if self.name == "pixel" else 1 / self.std.min().item()
 
     @property
     def bounds(self) -> Bounds | None:
@@ -169,7 +182,8 @@ def add_options(parser: argparse.ArgumentParser, *, files: str) -> None:
     add("--batch-size", type=whole, default=BATCH_SIZE, metavar="N", help=f"images a batch ({BATCH_SIZE})")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where (default: auto, the GPU if any)")
     add("--out", type=path, metavar="DIR",
-        help=f"for {files} (default: beside the checkpoint; of several checkpoints each gets a folder in DIR)")
+        help=f"for {files}, in place of earlier ones (default: beside the checkpoint; of several checkpoints each gets "
+        "a folder in DIR)")
 
 
 def load_subject(checkpoint: Path, arguments: argparse.Namespace, console: Console, world: World) -> Subject:
@@ -196,12 +210,16 @@ def load_subject(checkpoint: Path, arguments: argparse.Namespace, console: Conso
 
 
 def each_subject(
-    arguments: argparse.Namespace, console: Console, world: World, work: Callable[[Subject, Path], dict[str, Any]]
+    arguments: argparse.Namespace, console: Console, world: World, work: Callable[[Subject, Path], dict[str, Any]],
+    *, check: Callable[[Subject], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """work(subject, its folder for files) of each checkpoint, in turn. Mistakes in any are told before the first."""
+    """work(subject, its folder for files) of each checkpoint, in turn.
+
+    Mistakes in any, for `check` to raise UserError for, are told before the first.
+    """
     folders = make_folders(arguments.checkpoints, arguments.out)
     for checkpoint in arguments.checkpoints:
-        load_subject(checkpoint, arguments, console, world)
+        check(load_subject(checkpoint, arguments, console, world))
     reports = []
     for checkpoint, folder in zip(arguments.checkpoints, folders, strict=True):
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,9 +230,20 @@ def each_subject(
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"not enough GPU memory for {subject.batch_size} images of {subject.settings.image_size} px; "
-                "take a smaller --batch-size"
+                "take a smaller --batch-size, or a smaller number of images for checks and pictures"
             ) from error
     return reports
+
+
+def size(text: str) -> float:
+    """An argparse type: a number above 0, or a fraction as 8/255."""
+    try:
+        value = float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+    return value
 
 
 def make_folders(checkpoints: Sequence[Path], out: Path | None) -> list[Path]:

@@ -11,21 +11,21 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
 
 from attacks.pgd import pgd
-from attacks.run.figures import mean_and_spread, picture_grid, save_figure
-from attacks.run.hygiene import MANY_ZEROS, examine, print_doubts, print_examination
+from attacks.run.counting import SUMS, accuracies, in_words, sums_under, together, write_together
+from attacks.run.figures import grouped_bars, picture_grid, save_figure
+from attacks.run.hygiene import MANY_ZEROS, Attack, examine, print_doubts, print_examination, stood_still
 from attacks.run.kept import over_batches
 from attacks.run.subject import Subject, describe, each_subject, make_space
 from attacks.sweep import WRITEUP, sweep
 from train import writeup
 from train.distributed import World
 from train.files import write_csv, write_json
-from train.meter import Meter
 
 TARGETS = ("least_likely", "most_likely")
+COLOURS = {"least likely": "tab:blue", "most likely": "tab:orange"}
 CELLS = [(setting, target) for setting in WRITEUP for target in TARGETS]
 # Whose images are shown: the default, more steps, everything raised.
 SHOWN = (WRITEUP[0], WRITEUP[1], WRITEUP[5])
@@ -53,12 +53,17 @@ def run(arguments: argparse.Namespace, console: Console, world: World) -> None:
     work = partial(run_one, console=console, check_images=arguments.check_images)
     reports = each_subject(arguments, console, world, work)
     if len(reports) > 1 and world.is_main:
-        print_together(console, reports)
+        rows = together([
+            [*report["rows"], {**dict.fromkeys(report["rows"][0], ""), "target": "clean", **report["clean"]}]
+            for report in reports
+        ])  # fmt: skip
+        print_together(console, rows)
+        write_together(arguments.out, "sweep-together.csv", rows, console)
 
 
 def run_one(subject: Subject, folder: Path, *, console: Console, check_images: int) -> dict[str, Any]:
     conditions = {
-        "attack": "L-infinity, epsilon in normalised space, pixels not clamped, no random start, float32",
+        "attack": "L-infinity, epsilon in normalised space, pixels not clamped, no random start",
         **subject.conditions(),
     }
     part = folder / "sweep.part.json"
@@ -68,9 +73,10 @@ def run_one(subject: Subject, folder: Path, *, console: Console, check_images: i
         return {}
     report = conditions | figures_of(sums.sum(dim=0), len(subject.data.classes))
     report["doubts"] = doubts(report)
-    # Of the default's epsilon: what is asked is whether the model's gradients lead anywhere.
-    examination = examine(subject, make_space(subject), epsilon=WRITEUP[0].epsilon, images=check_images,
-                          console=console)
+    examination = examine(
+        subject, make_space(subject), epsilon=WRITEUP[0].epsilon, images=check_images, console=console,
+        reported={f"{target.replace('_', ' ')}, 10 × 0.01": first_of_table(target) for target in TARGETS},
+    )
     report["checks"] = examination.as_json()
     write_json(folder / "sweep.json", report)
     columns = ("num_steps", "step_size", "epsilon", "target", "top1", "top5", "zero_gradient")
@@ -91,39 +97,45 @@ def run_one(subject: Subject, folder: Path, *, console: Console, check_images: i
 
 def attack_batch(subject: Subject, x: Tensor, y: Tensor, mine: slice) -> Tensor:
     """(1 + len(CELLS), 5) float64: Meter's sums of the clean images, then of each cell, and sums of zero gradients."""
-    x, y, classes = x[mine], y[mine], len(subject.data.classes)
-    sums = torch.zeros(1 + len(CELLS), 5, dtype=torch.float64, device=x.device)
+    x, y = x[mine], y[mine]
+    sums = torch.zeros(1 + len(CELLS), SUMS + 1, dtype=torch.float64, device=x.device)
     if not len(x):  # a process whose share of the last batch is none
         return sums
-    meter = Meter(classes, x.device)
     with torch.no_grad():
-        logits = subject.model(x)
-    sums[0, :4] = meter.sums_of(logits, y, cross_entropy(logits, y))
-    for target in TARGETS:
-        for setting, swept in zip(WRITEUP, sweep(subject.model, x, target, y, settings=WRITEUP), strict=True):
-            row = sums[1 + CELLS.index((setting, target))]
-            row[:4] = meter.sums_of(swept.logits, y, cross_entropy(swept.logits, y))
-            row[4] = swept.zero_gradient.double().sum()
+        clean = subject.model(x)
+    swept = {
+        (setting, target): found
+        for target in TARGETS
+        for setting, found in zip(WRITEUP, sweep(subject.model, x, target, y, settings=WRITEUP), strict=True)
+    }
+    under = [clean, *(swept[cell].logits for cell in CELLS)]
+    sums[:, :SUMS] = sums_under(under, y, len(subject.data.classes))
+    sums[1:, SUMS] = torch.stack([swept[cell].zero_gradient.double().sum() for cell in CELLS])
     return sums
 
 
 def figures_of(sums: Tensor, classes: int) -> dict[str, Any]:
     """What `attack_batch`'s sums over all images say: accuracies in percent, clean and of each cell, and the mean
     share of zero gradients."""
-
-    def accuracies(row: Tensor) -> dict[str, float]:
-        meter = Meter(classes, row.device)
-        meter.sums = row[:4]
-        _, top1, top5 = meter.compute()
-        return {"top1": top1, "top5": top5}
-
+    images = sums[0, SUMS - 1].item()
     return {
-        "clean": accuracies(sums[0]),
+        "clean": accuracies(sums[0, :SUMS], classes),
         "rows": [
-            asdict(setting) | {"target": target} | accuracies(row) | {"zero_gradient": (row[4] / row[3]).item()}
+            asdict(setting) | {"target": target} | accuracies(row[:SUMS], classes)
+            | {"zero_gradient": row[SUMS].item() / images}
             for (setting, target), row in zip(CELLS, sums[1:], strict=True)
         ],
     }
+
+
+def first_of_table(target: str) -> Attack:
+    """The table's first row, as `examine` asks for it."""
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        (swept,) = sweep(model, x, target, y, settings=WRITEUP[:1])
+        return swept.logits
+
+    return attack
 
 
 # ---------------------------------------------------------------- can it be believed
@@ -142,7 +154,7 @@ def doubts(report: dict[str, Any]) -> list[str]:
         first, more_steps, _, far, larger, largest = rows
         zeros = max(row["zero_gradient"] for row in rows)
         if zeros > MANY_ZEROS:
-            found.append(f"{name}: {100 * zeros:.0f}% of the gradients' entries are exactly 0: the attack stood still")
+            found.append(f"{name}: {stood_still(zeros)}")
         # Rounding may turn a few images that lie on the border, which is no sign of anything.
         if abs(first["top1"] - far["top1"]) > max(0.5, 2 * image):
             found.append(
@@ -198,41 +210,40 @@ def print_sweep(console: Console, report: dict[str, Any]) -> None:
     console.print(f"clean: {clean['top1']:.2f} / {clean['top5']:.2f}. {describe(report)} {report['attack']}.")
 
 
-def print_together(console: Console, reports: list[dict[str, Any]]) -> None:
-    """Mean and spread of several checkpoints' figures."""
-    table = make_table(f"top-1 / top-5 (%) of {len(reports)} checkpoints: mean ± standard deviation", compared=False)
-    for setting in WRITEUP:
-        cells = []
-        for target in TARGETS:
-            i = CELLS.index((setting, target))
-            top1, top5 = (mean_and_spread([report["rows"][i][name] for report in reports]) for name in ("top1", "top5"))
-            cells.append(f"{top1} / {top5}")
-        table.add_row(str(setting.num_steps), f"{setting.step_size:g}", f"{setting.epsilon:g}", *cells)
+def print_together(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Mean and spread of several checkpoints' figures, those of the clean images last."""
+    *cells, clean = rows
+    table = make_table(f"top-1 / top-5 (%) of {clean['n']} checkpoints: mean ± standard deviation", compared=False)
+    for i, setting in enumerate(WRITEUP):
+        of_targets = cells[i * len(TARGETS) : (i + 1) * len(TARGETS)]
+        table.add_row(
+            str(setting.num_steps), f"{setting.step_size:g}", f"{setting.epsilon:g}", *map(in_words, of_targets)
+        )
     console.print(table)
-    clean = [mean_and_spread([report["clean"][name] for report in reports]) for name in ("top1", "top5")]
-    console.print(f"clean: {' / '.join(clean)}")
+    console.print(f"clean: {in_words(clean)}")
 
 
 def bar_chart(report: dict[str, Any]) -> Figure:
     """Top-1 by setting, a bar for each target, the clean accuracy as a line."""
     figure = Figure(figsize=(9, 4.5), dpi=110, layout="constrained")
     axes = figure.subplots()
-    width = 0.38
-    for i, (target, colour) in enumerate(zip(TARGETS, ("tab:blue", "tab:orange"), strict=True)):
-        values = [row["top1"] for row in report["rows"] if row["target"] == target]
-        places = [n + (i - 0.5) * width for n in range(len(values))]
-        bars = axes.bar(places, values, width, color=colour, label=target.replace("_", " "))
-        axes.bar_label(bars, fmt="%.1f", fontsize="small")
+    grouped_bars(
+        axes, [f"{s.num_steps} × {s.step_size:g}\nepsilon {s.epsilon:g}" for s in WRITEUP],
+        {
+            target.replace("_", " "): [row["top1"] for row in report["rows"] if row["target"] == target]
+            for target in TARGETS
+        },
+        COLOURS,
+    )
     clean = report["clean"]["top1"]
     axes.axhline(clean, color="black", linestyle="--", linewidth=1, label=f"clean, {clean:.1f}%")
-    axes.set_xticks(
-        range(len(WRITEUP)),
-        [f"{s.num_steps} × {s.step_size:g}\nepsilon {s.epsilon:g}" for s in WRITEUP],
-    )
-    axes.set(ylabel="top-1 (%)", ylim=(0, 1.15 * max(clean, *(row["top1"] for row in report["rows"]), 1)))
+    axes.set(ylim=(0, 1.15 * max(clean, *(row["top1"] for row in report["rows"]), 1)))
     axes.legend()
     name = Path(report["data"]).name
-    figure.suptitle(f"{report['model']} under attack: {report['images']:,} images, {name}, {report['image_size']} px")
+    figure.suptitle(
+        f"{report['model']} under attack: {report['images']:,} images, {name}, {report['image_size']} px\n"
+        "steps × step size, L-infinity, sizes in normalised space, pixels not clamped", fontsize="medium",
+    )
     return figure
 
 
@@ -244,4 +255,7 @@ def samples(subject: Subject) -> Figure:
     for setting in SHOWN:
         adversarial = pgd(subject.model, x, "least_likely", y, **asdict(setting))
         columns.append((f"{setting.num_steps} × {setting.step_size:g}, epsilon {setting.epsilon:g}", adversarial))
-    return picture_grid(subject, space, y, columns, title=f"{subject.settings.model}, least likely")
+    return picture_grid(
+        subject, space, y, columns, difference=True,
+        title=f"{subject.settings.model}, least likely; {space.describe()}",
+    )
