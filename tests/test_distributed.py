@@ -1,5 +1,6 @@
 """Data-parallel training of our convolutions: two processes, one model."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -8,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 from kernels import Conv2d
-from train.distributed import World
+from train.distributed import World, is_lost_peer
 
 
 def build() -> nn.Sequential:
@@ -81,3 +82,29 @@ def test_batch_norms_see_the_batches_of_all_processes(tmp_path):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: n + m)
     for name, value in model.state_dict().items():  # running means and variances among them
         torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: n + m)
+
+
+def interrupted_while(error: Exception | None) -> KeyboardInterrupt:
+    """What SIGTERM raises, alone or in a block that an error is on its way out of."""
+    try:
+        try:
+            if error is not None:
+                raise error
+        finally:
+            raise KeyboardInterrupt
+    except KeyboardInterrupt as interrupt:
+        return interrupt
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        pytest.param(RuntimeError("gloo: Connection closed by peer [127.0.0.1]:1"), True, id="closed"),
+        pytest.param(RuntimeError("shapes do not fit"), False, id="another-error"),
+        pytest.param(interrupted_while(RuntimeError("Connection reset by peer")), True, id="sigterm-meanwhile"),
+        pytest.param(interrupted_while(ValueError("gloo")), False, id="interrupted-in-another-error"),
+        pytest.param(interrupted_while(None), False, id="ctrl-c"),
+    ],
+)
+def test_a_lost_process_is_told_from_an_interruption(error, is_lost):
+    assert is_lost_peer(error) is is_lost

@@ -132,7 +132,7 @@ def connect() -> Iterator[World]:
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
     try:
         yield world
-    except RuntimeError as error:
+    except (RuntimeError, KeyboardInterrupt) as error:
         if not is_lost_peer(error):
             raise
         tell_once(store)
@@ -149,8 +149,13 @@ def connect() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because a process at the other end is gone."""
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because a process at the other end is gone.
+
+    Also where torchrun's SIGTERM, for the same reason, comes while that failure is on its way out.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return isinstance(error.__context__, RuntimeError) and is_lost_peer(error.__context__)
     return isinstance(error, dist.DistError) or bool(
         re.search(r"gloo|NCCL|closed by peer|reset by peer|socket", str(error), re.IGNORECASE)
     )

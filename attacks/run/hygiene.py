@@ -43,7 +43,8 @@ MANY_STUCK = 0.10
 SLACK = 2.0
 # What many adaptive steps may win without speaking against ten plain ones, in percent.
 BETTER_STEPS = 5.0
-# Relative L2 distance of two convolutions' input gradients: rounding gives 1e-5 in float32 and some percent in TF32.
+# Relative L2 distance of two convolutions' input gradients: rounding, and the ties of max-pools that it decides, give
+# 5e-4 in float32 (SimpleNet, 64 px); TF32 keeps a thousandth as much of each factor, untried.
 GRADIENTS_APART, GRADIENTS_APART_TF32 = 1e-2, 1e-1
 
 OK, WEAK, DOUBT, UNDECIDED = "ok", "weak", "doubt", "-"
