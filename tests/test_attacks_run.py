@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from rich.console import Console
 
 from attacks import pgd
 from attacks.run import sweep as command
+from attacks.run.command import ATTACKS, make_parser
+from attacks.run.counting import together
 from attacks.run.hygiene import Examination
-from attacks.run.sweep import bar_chart, beside, doubts
+from attacks.run.sweep import accuracies_of, bar_chart, beside, doubts
 from attacks.sweep import WRITEUP
 from train.batches import val_batches
 from train.checkpoint import load_model
@@ -122,8 +125,8 @@ def test_a_masked_model_is_doubted(checkpoint, attack, tmp_path):
 def report_of(top1: list[float], zeros: float = 0.0) -> dict:
     """With the same figures for both targets."""
     rows = [
-        {"target": target, "top1": value, "top5": 50.0, "zero_gradient": zeros}
-        for value in top1 for target in ("least_likely", "most_likely")
+        asdict(setting) | {"target": target, "top1": value, "top5": 50.0, "zero_gradient": zeros}
+        for setting, value in zip(WRITEUP, top1, strict=True) for target in ("least_likely", "most_likely")
     ]
     return {"rows": rows, "images": 1000, "clean": {"top1": 60.0, "top5": 90.0}, "model": "simplenet", "data": "/d"}
 
@@ -151,6 +154,28 @@ def test_the_writeups_figures_stand_beside_its_own_task_alone():
     task = {"model": "simplenet", "classes": 100, "image_size": 128}
     assert beside(task)
     assert not any(beside(task | change) for change in ({"model": "customnet"}, {"classes": 10}, {"image_size": 64}))
+
+
+def test_what_several_checkpoints_share_is_the_attack_alone():
+    """Shares of zero gradients are each one's own; of two of them none stands for both."""
+    one, two = (report_of(top1, zeros) for top1, zeros in (([11, 8, 17, 11, 2, 1], 0.1), ([13, 8, 17, 11, 2, 1], 0.3)))
+    rows = together([accuracies_of(one), accuracies_of(two)])
+    assert set(rows[0]) == {
+        "num_steps", "step_size", "epsilon", "target", "top1", "top1_sd", "top5", "top5_sd", "n",
+    }
+    assert (rows[0]["top1"], rows[0]["n"]) == (12, 2)
+    assert (rows[-1]["target"], rows[-1]["top1"], rows[-1]["top1_sd"]) == ("clean", 60, 0)
+
+
+@pytest.mark.parametrize("attack", [(), *((name,) for name in ATTACKS)], ids=lambda names: "-".join(names) or "all")
+def test_help_fits_a_terminal(attack, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        make_parser().parse_args([*attack, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0
+    assert len(lines) > 10
+    assert max(map(len, lines)) <= 80
 
 
 def test_bars_are_the_accuracies():

@@ -17,13 +17,13 @@ DESCRIPTION = "Attack a trained model by projected gradients, and tell whether w
 
 EXAMPLES = """
 examples:
-  python -m attacks.run pgd runs/mine              one attack: accuracies, pictures
-  python -m attacks.run sweep runs/mine            the write-up's twelve attacks
-  python -m attacks.run saliency runs/mine         where the model looks
-  python -m attacks.run robust runs/pretrained     adversarial training and its worth
+  python -m attacks.run pgd runs/mine          one attack: accuracies, pictures
+  python -m attacks.run sweep runs/mine        the write-up's twelve attacks
+  python -m attacks.run saliency runs/mine     where the model looks
+  python -m attacks.run robust runs/mine       what adversarial training gains
 
-Each has a --help of its own. Every report ends with checks of whether it can be
-believed: accuracies that look robust for a wrong reason are told in red.
+Each has a --help of its own. Every report ends with checks of whether it can
+be believed: accuracies that look robust for a wrong reason are told in red.
 """
 
 
@@ -78,7 +78,7 @@ class OwnParser(Parser):
 def make_parser() -> argparse.ArgumentParser:
     prog, names = "python -m attacks.run", f"{{{','.join(ATTACKS)}}}"
     parser = Parser(
-        prog=prog, usage=f"{prog} {names} CHECKPOINT... [options]", description=DESCRIPTION, epilog=EXAMPLES
+        prog=prog, usage=f"{prog} ATTACK CHECKPOINT... [options]", description=DESCRIPTION, epilog=EXAMPLES
     )
     choices = parser.add_subparsers(dest="attack", required=True, metavar=names, parser_class=OwnParser)
     for name, attack in ATTACKS.items():

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from attacks.objective import TARGETS
 from attacks.run.counting import SUMS, accuracies, in_words, sums_under, together, write_together
@@ -20,8 +20,8 @@ from attacks.run.figures import grouped_bars, save_figure, security_curve
 from attacks.run.hygiene import Examination, examine, print_examination
 from attacks.run.kept import over_batches
 from attacks.run.subject import Space, Subject, describe, each_subject, load_subject, make_space, size
-from attacks.run.sweep import beside
-from attacks.sweep import WRITEUP, Setting, sweep
+from attacks.run.sweep import attacked, beside
+from attacks.sweep import WRITEUP, Setting
 from train import checkpoint, writeup
 from train.cli import number
 from train.distributed import World
@@ -48,8 +48,9 @@ examples:
 Both copies start from the checkpoint's weights and train with its recipe,
 whose schedule begins anew; they are ordinary run folders. The attacks at the
 end take 10 steps of 0.01 in a ball of --epsilon (of epsilon / 10 where that is
-more), on the weights after the last epoch. An interrupted command goes on where it was. Of several checkpoints
-(seeds, say) the mean and the standard deviation are told as well.
+more), on the weights after the last epoch. An interrupted command goes on
+where it was. Of several checkpoints (seeds, say) the mean and the standard
+deviation are told as well.
 """
 
 
@@ -159,12 +160,6 @@ def attack_batch(subject: Subject, setting: Setting, x: Tensor, y: Tensor, mine:
     return sums_under(under, y, len(subject.data.classes))
 
 
-def attacked(setting: Setting, target: str, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """(N, K), the logits of what becomes of x."""
-    (swept,) = sweep(model, x, target, y, settings=(setting,))
-    return swept.logits
-
-
 def csv_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"copy": copy, "under": under, **report["copies"][copy][under]} for copy in COPIES for under in CONDITIONS
@@ -174,22 +169,17 @@ def csv_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- what is shown
 
 
-def make_table(title: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title)
+def print_report(console: Console, report: dict[str, Any]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, title="clean and under attack: top-1 / top-5 (%)")
     table.add_column("copy")
     for name in CONDITIONS:
         table.add_column(name.replace("_", " "), justify="right")
-    return table
-
-
-def print_report(console: Console, report: dict[str, Any]) -> None:
-    table = make_table("clean and under attack: top-1 / top-5 (%)")
     for name in COPIES:
         copy = report["copies"][name]
         table.add_row(name, *(f"{copy[under]['top1']:.2f} / {copy[under]['top5']:.2f}" for under in CONDITIONS))
         if beside(report["pretrained"]):
-            clean, attacked = ("{:.2f} / {:.2f}".format(*pair) for pair in writeup.HARDENED[name])
-            table.add_row("write-up", clean, attacked, "", "", style="dim")
+            theirs = ("{:.2f} / {:.2f}".format(*pair) for pair in writeup.HARDENED[name])
+            table.add_row("write-up", *theirs, "", "", style="dim")
     console.print(table)
     attack, training = report["attack"], report["training"]
     plain, adversarial = (report["copies"][name]["seconds_per_epoch"] for name in COPIES)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from attacks.pgd import pgd
 from attacks.run.counting import SUMS, accuracies, in_words, sums_under, together, write_together
 from attacks.run.figures import grouped_bars, picture_grid, save_figure
-from attacks.run.hygiene import MANY_ZEROS, Attack, examine, print_doubts, print_examination, stood_still
+from attacks.run.hygiene import MANY_ZEROS, examine, print_doubts, print_examination, stood_still
 from attacks.run.kept import over_batches
 from attacks.run.subject import Subject, describe, each_subject, make_space
-from attacks.sweep import WRITEUP, sweep
+from attacks.sweep import WRITEUP, Setting, sweep
 from train import writeup
 from train.distributed import World
 from train.files import write_csv, write_json
@@ -53,10 +53,7 @@ def run(arguments: argparse.Namespace, console: Console, world: World) -> None:
     work = partial(run_one, console=console, check_images=arguments.check_images)
     reports = each_subject(arguments, console, world, work)
     if len(reports) > 1 and world.is_main:
-        rows = together([
-            [*report["rows"], {**dict.fromkeys(report["rows"][0], ""), "target": "clean", **report["clean"]}]
-            for report in reports
-        ])  # fmt: skip
+        rows = together(list(map(accuracies_of, reports)))
         print_together(console, rows)
         write_together(arguments.out, "sweep-together.csv", rows, console)
 
@@ -73,9 +70,13 @@ def run_one(subject: Subject, folder: Path, *, console: Console, check_images: i
         return {}
     report = conditions | figures_of(sums.sum(dim=0), len(subject.data.classes))
     report["doubts"] = doubts(report)
+    first = WRITEUP[0]
     examination = examine(
-        subject, make_space(subject), epsilon=WRITEUP[0].epsilon, images=check_images, console=console,
-        reported={f"{target.replace('_', ' ')}, 10 × 0.01": first_of_table(target) for target in TARGETS},
+        subject, make_space(subject), epsilon=first.epsilon, images=check_images, console=console,
+        reported={
+            f"{target.replace('_', ' ')}, {first.num_steps} × {first.step_size:g}": partial(attacked, first, target)
+            for target in TARGETS
+        },
     )
     report["checks"] = examination.as_json()
     write_json(folder / "sweep.json", report)
@@ -128,14 +129,17 @@ def figures_of(sums: Tensor, classes: int) -> dict[str, Any]:
     }
 
 
-def first_of_table(target: str) -> Attack:
-    """The table's first row, as `examine` asks for it."""
+def attacked(setting: Setting, target: str, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """(N, K), the logits of what one attack makes of x (N, C, H, W), whose true labels are y."""
+    (swept,) = sweep(model, x, target, y, settings=(setting,))
+    return swept.logits
 
-    def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        (swept,) = sweep(model, x, target, y, settings=WRITEUP[:1])
-        return swept.logits
 
-    return attack
+def accuracies_of(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table's rows without what differs from checkpoint to checkpoint besides accuracies; the clean one last."""
+    names = ("num_steps", "step_size", "epsilon", "target")
+    rows = [{name: row[name] for name in (*names, "top1", "top5")} for row in report["rows"]]
+    return [*rows, {**dict.fromkeys(names, ""), "target": "clean", **report["clean"]}]
 
 
 # ---------------------------------------------------------------- can it be believed
