@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import handle_torch_function, has_torch_function
 
+from kernels.autocast import autocast
 from kernels.geometry import ConvGeometry, check_dimensions, pair
 from kernels.ops import convolution
 from kernels.runtime import DTYPES
@@ -41,7 +42,7 @@ def conv2d(
         return handle_torch_function(
             conv2d, operands, input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
-    input, weight, bias = _autocast(operands) if isinstance(input, torch.Tensor) else operands
+    input, weight, bias = autocast(operands) if isinstance(input, torch.Tensor) else operands
     _check(input, weight, bias)
     if input.dim() == 3:
         return conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
@@ -61,23 +62,6 @@ def conv2d(
     if geometry.Ci == 0:
         return _without_channels(input, weight, bias, geometry)
     return convolution(input, weight, bias, stride, padding, dilation, geometry.groups)
-
-
-def _autocast(operands: tuple) -> tuple:
-    """The operands as autocast hands them to a convolution: its dtype for all but float64, on the device it is for."""
-    device = operands[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return operands
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        operand.to(dtype)
-        if isinstance(operand, torch.Tensor)
-        and operand.is_floating_point()
-        and operand.dtype != torch.float64
-        and operand.device.type == device
-        else operand
-        for operand in operands
-    )
 
 
 def _check(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

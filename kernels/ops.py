@@ -22,6 +22,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels import runtime
 from kernels.forward import forward
 from kernels.geometry import ConvGeometry
 from kernels.input_grad import input_grad
@@ -53,8 +54,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
-@torch.library.custom_op("conv_lab::forward", mutates_args=())
-def forward_op(
+def _launch_forward(
     x: torch.Tensor,
     w: torch.Tensor,
     bias: torch.Tensor | None,
@@ -68,14 +68,12 @@ def forward_op(
     return forward(x, w, bias, geometry, precision=_precision(x.dtype), memory_format=layout)
 
 
-@forward_op.register_fake
-def _(x, w, bias, stride, padding, dilation, groups):
+def _forward_like(x, w, bias, stride, padding, dilation, groups):
     geometry = ConvGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
     return _like(x, geometry.y_shape, is_channels_last(x) or is_channels_last(w))
 
 
-@torch.library.custom_op("conv_lab::input_grad", mutates_args=())
-def input_grad_op(
+def _launch_input_grad(
     dy: torch.Tensor,
     w: torch.Tensor,
     x_shape: Sequence[int],
@@ -89,13 +87,11 @@ def input_grad_op(
     return input_grad(dy, w, geometry, precision=_precision(dy.dtype), memory_format=_format(channels_last))
 
 
-@input_grad_op.register_fake
-def _(dy, w, x_shape, stride, padding, dilation, groups, channels_last):
+def _input_grad_like(dy, w, x_shape, stride, padding, dilation, groups, channels_last):
     return _like(dy, x_shape, channels_last)
 
 
-@torch.library.custom_op("conv_lab::weight_grad", mutates_args=())
-def weight_grad_op(
+def _launch_weight_grad(
     dy: torch.Tensor,
     x: torch.Tensor,
     w_shape: Sequence[int],
@@ -109,9 +105,24 @@ def weight_grad_op(
     return weight_grad(dy, x, geometry, precision=_precision(dy.dtype), memory_format=_format(channels_last))
 
 
-@weight_grad_op.register_fake
-def _(dy, x, w_shape, stride, padding, dilation, groups, channels_last):
+def _weight_grad_like(dy, x, w_shape, stride, padding, dilation, groups, channels_last):
     return _like(dy, w_shape, channels_last)
+
+
+def _operator(name: str, launch: Callable, like: Callable) -> Callable:
+    """The raw operator; fake, it takes the buffers of a launch where one is planned, and else just returns its like."""
+    operator = torch.library.custom_op(f"conv_lab::{name}", launch, mutates_args=())
+
+    @operator.register_fake
+    def _(tensor: torch.Tensor, *rest: object) -> torch.Tensor:
+        return launch(tensor, *rest) if runtime.is_planned(tensor) else like(tensor, *rest)
+
+    return operator
+
+
+forward_op = _operator("forward", _launch_forward, _forward_like)
+input_grad_op = _operator("input_grad", _launch_input_grad, _input_grad_like)
+weight_grad_op = _operator("weight_grad", _launch_weight_grad, _weight_grad_like)
 
 
 # What the axes of each tensor count, as far as convolutions can be put together along them.

@@ -5,8 +5,8 @@ Triton is imported, and `import torchvision` already imports it. Here both forms
 function, and each launch picks by the device of its tensors, so that CPU and CUDA tensors work in one process.
 The price: a kernel may not call jitted helpers, and `tl.zeros`, `tl.sum`, `tl.max` and `tl.cdiv` are such helpers.
 
-Interpreted, a kernel is executed by Triton's interpreter but for two things: its loads and stores are NumPy's gather
-and scatter, and bfloat16 is computed in float32 and rounded at the end.
+Interpreted, a kernel is executed by Triton's interpreter but for three things: its loads and stores are NumPy's gather
+and scatter, on the tensors themselves instead of copies, and bfloat16 is computed in float32 and rounded at the end.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from threadpoolctl import ThreadpoolController
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
-from triton.runtime.interpreter import InterpretedFunction, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction, MockTensor
 
 from kernels.geometry import ConvGeometry
@@ -83,7 +83,7 @@ def backend_for(device: torch.device | str) -> str:
 
 
 def target_for(device: torch.device) -> Target:
-    """The target of a launch on tensors of `device`; meta tensors stand for the GPU of `compiling_ahead`.
+    """The target of a launch on tensors of `device`; meta tensors stand for that of `compiling_ahead` or `planning`.
 
     Raises RuntimeError for devices that no kernel runs on.
     """
@@ -164,9 +164,11 @@ def launch(
     `output` is the one of `args` that the kernel writes. CUDA takes 2**31 - 1 programs on the first axis of a grid,
     65,535 on the second.
 
-    Nothing is launched for meta tensors: the kernel is compiled for `target` and collected by `compiling_ahead`.
+    Nothing is launched for meta tensors: under `compiling_ahead` the kernel is compiled for `target` and collected.
     """
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if tensors[0].is_meta and _ahead.collected is None:
+        return
     if target.name == INTERPRETER:
         _interpret(kernel, grid, args, output, constants)
     elif tensors[0].is_meta:
@@ -175,6 +177,20 @@ def launch(
     else:
         with _triton_lock, torch.cuda.device(tensors[0].device):
             kernel.compiled[grid](*args, **constants)
+
+
+class _InPlace(GridExecutor):
+    """Interprets on CPU tensors as they are.
+
+    Triton's own takes what it is given for a device's, and makes host tensors of it by functions that refer to
+    themselves: so it keeps every argument's memory until Python next looks for cycles.
+    """
+
+    def _init_args_hst(self, args_dev: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args_dev, kwargs
+
+    def _restore_args_dev(self, *_: object) -> None:
+        pass
 
 
 def _interpret(kernel: Kernel, grid: tuple[int, int], args: tuple, output: torch.Tensor, constants: dict) -> None:
@@ -190,7 +206,8 @@ def _interpret(kernel: Kernel, grid: tuple[int, int], args: tuple, output: torch
         # Triton's own pair copies one element at a time, which was half of a training step's time.
         builder.create_masked_load, builder.create_masked_store = _load, _store
         try:
-            kernel.interpreted[grid](*wide, **constants)
+            executor = _InPlace(kernel.interpreted.rewrite(), kernel.interpreted.arg_names, grid)
+            executor(*wide, **constants)
         finally:
             vars(builder).clear()
             vars(builder).update(usual)
@@ -288,6 +305,24 @@ def compiling_ahead(arch: str) -> Iterator[list[CompiledKernel]]:
         finally:
             _ahead.target = None
             driver._active = active
+
+
+@contextlib.contextmanager
+def planning(target: Target) -> Iterator[None]:
+    """While open, operators on meta tensors take the buffers that their launch on `target` would, and launch nothing.
+
+    So an accountant hears by `on_allocate` of workspaces and layout copies on a device that is not there.
+    """
+    _ahead.target, _ahead.collected = target, None
+    try:
+        yield
+    finally:
+        _ahead.target = None
+
+
+def is_planned(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is a meta tensor under `planning`."""
+    return tensor.is_meta and getattr(_ahead, "target", None) is not None and _ahead.collected is None
 
 
 def operation(name: str) -> Callable[[Callable], Callable]:

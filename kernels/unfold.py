@@ -22,7 +22,9 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import fold, unfold
+from torch.overrides import handle_torch_function, has_torch_function
 
+from kernels.autocast import autocast
 from kernels.geometry import ConvGeometry
 
 
@@ -86,13 +88,21 @@ def unfold_conv2d(
 ) -> torch.Tensor:
     """`torch.nn.functional.conv2d` by unfold -> GEMM.
 
-    input (N, Ci, H, W), weight (Co, Ci, R, S), bias (Co,) -> (N, Co, P, Q).
+    input (N, Ci, H, W), weight (Co, Ci, R, S), bias (Co,) -> (N, Co, P, Q). Under autocast the operands are cast as
+    PyTorch casts its own convolution's.
 
     Raises NotImplementedError for groups other than 1, TypeError for padding by name, RuntimeError for shapes
     or geometry that do not fit.
     """
+    operands = (input, weight, bias)
+    if has_torch_function(operands):
+        return handle_torch_function(
+            unfold_conv2d, operands, input, weight, bias, stride=stride, padding=padding, dilation=dilation,
+            groups=groups,
+        )
     if groups != 1:
         raise NotImplementedError(f"unfold_conv2d: groups must be 1, got {groups}")
+    input, weight, bias = autocast(operands)
     geometry = ConvGeometry.of(input.shape, weight.shape, stride, padding, dilation)
     return Unfold.apply(input, weight, bias, geometry)
 

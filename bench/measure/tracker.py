@@ -1,21 +1,23 @@
-"""The accountant: every live storage of one device by category; bytes now, at the peak, and what the peak is made of.
+"""The accountant: every live storage of one device by category, module and operator, as an `Account`.
 
-    tracker = Tracker(torch.device("meta"))
+    tracker = Tracker("meta")
     tracker.watch(model, optimizer)
     with tracker:
         loss(model(x)).backward()
+        tracker.mark("forward and backward")
         optimizer.step()
-    tracker.peak, tracker.at_peak
+    tracker.account.peak.split("category", "module")
 
 A storage is counted once, however many tensors view it, from the operator that made it until it is freed. Operators
 are seen through a dispatch mode, frees through weak references, what autograd keeps through its saved-tensor hooks,
 and the buffers of Triton launchers, which no mode sees, through `kernels.runtime.on_allocate`.
 
-Counted are bytes of storages. Not counted: what an allocator rounds up or keeps, what a library (cuDNN, oneDNN)
-takes inside one operator and returns, the CUDA context, and storages of other devices.
+Counted are bytes of storages. Not counted: what an allocator rounds up or keeps, what a library (cuDNN, oneDNN) or
+Triton's interpreter takes inside one operator and returns, the CUDA context, and storages of other devices.
 """
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Iterable
 
@@ -24,32 +26,39 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from bench.measure.account import (
+    CATEGORIES,
+    GRADIENTS,
+    INPUT,
+    OPTIMIZER,
+    OUTSIDE,
+    PARAMETERS,
+    SAVED,
+    TEMPORARY,
+    WORKSPACE,
+    Account,
+    Call,
+    Change,
+    Entry,
+    Mark,
+)
 from kernels import runtime
 
-PARAMETERS = "parameters"
-"""Parameters and buffers of a watched model."""
-GRADIENTS = "gradients"
-"""What `.grad` of a watched parameter holds."""
-OPTIMIZER = "optimizer state"
-INPUT = "input"
-"""Whatever the tracked computation reads and did not make: the batch, its labels."""
-SAVED = "saved for backward"
-"""Activations that autograd keeps at that moment."""
-TEMPORARY = "temporaries"
-"""Everything else an operator returned, gradients of activations among them."""
-WORKSPACE = "workspaces"
-"""Buffers that a launcher takes inside an operator, until the operator returns them as its result."""
-CATEGORIES = (PARAMETERS, GRADIENTS, OPTIMIZER, INPUT, SAVED, TEMPORARY, WORKSPACE)
+# Operators that a library computes on a GPU, with a workspace of its own.
+LIBRARY_OPERATORS = ("aten.convolution", "aten.convolution_backward")
 
 
 class _Storage:
     """One live storage."""
 
-    __slots__ = ("category", "nbytes", "reference", "saved", "unseen")
+    __slots__ = ("category", "entered", "module", "nbytes", "number", "operator", "reference", "saved", "unseen")
 
-    def __init__(self, category: str, unseen: int) -> None:
-        self.category = category
+    def __init__(self, number: int, category: str, module: str, operator: str, unseen: int) -> None:
+        self.number = number
+        self.category, self.module, self.operator = category, module, operator
         self.nbytes = 0
+        self.entered: Change | None = None
+        """What the account says of it."""
         self.unseen = unseen
         """Bytes that the kernel of a real device would take beyond those of this meta storage."""
         self.saved = 0
@@ -83,12 +92,50 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        tracker = self.tracker
         for tensor in _tensors((args, kwargs)):
-            self.tracker._see(tensor, INPUT)
+            tracker._see(tensor, INPUT)
         result = func(*args, **kwargs)
+        operator = func._schema.name.replace("::", ".")
         for tensor in _tensors(result):
-            self.tracker._see(tensor, TEMPORARY, _unseen_bytes(func, args, tensor))
+            tracker._see(tensor, TEMPORARY, operator, _unseen_bytes(func, args, tensor))
+        if operator in LIBRARY_OPERATORS:
+            tensors = [tensor for tensor in _tensors((args, result)) if tensor.device.type == tracker.device.type]
+            nbytes = sum(tensor.nbytes for tensor in tensors)
+            tracker._entries.append(Call(operator, tracker._module(), nbytes))
         return result
+
+
+class _Modules:
+    """Which module made what: the one whose forward runs, or the one in whose forward a backward node was made.
+
+    autograd numbers its nodes in the order they are made, so a module owns the numbers given while its forward ran.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[tuple[str, int]] = []
+        self.owners: dict[int, str] = {}
+
+    def attach(self, model: nn.Module, stack: contextlib.ExitStack) -> None:
+        for name, module in model.named_modules():
+            begun = module.register_forward_pre_hook(lambda _module, _args, name=name: self._begin(name), prepend=True)
+            ended = module.register_forward_hook(lambda *_: self._end(), always_call=True)
+            stack.callback(begun.remove)
+            stack.callback(ended.remove)
+
+    def current(self) -> str:
+        if self.running:
+            return self.running[-1][0] or OUTSIDE
+        node = torch._C._current_autograd_node()
+        return OUTSIDE if node is None else self.owners.get(node._sequence_nr(), OUTSIDE)
+
+    def _begin(self, name: str) -> None:
+        self.running.append((name, torch._C._autograd._get_sequence_nr()))
+
+    def _end(self) -> None:
+        name, first = self.running.pop()
+        for number in range(first, torch._C._autograd._get_sequence_nr()):
+            self.owners.setdefault(number, name or OUTSIDE)  # inner modules end before outer ones
 
 
 def _tensors(tree: object) -> Iterable[torch.Tensor]:
@@ -108,25 +155,36 @@ def _unseen_bytes(func: torch._ops.OpOverload, args: tuple, result: torch.Tensor
 class Tracker:
     """Counts the storages of `device` while it is open as a context; see the module's docstring.
 
-    `now`, `peak` are bytes; `by_category`, `at_peak` split them over CATEGORIES.
+    `now` is bytes, and `by_category` splits it over CATEGORIES.
     """
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.now = 0
         self.by_category = dict.fromkeys(CATEGORIES, 0)
-        self.peak = 0
-        self.at_peak = dict(self.by_category)
+        self._entries: list[Entry] = []
+        self._start = 0
+        self._numbers = itertools.count()
         self._live: dict[int, _Storage] = {}
         self._watched: list[tuple[nn.Module, torch.optim.Optimizer | None]] = []
+        self._paths: dict[torch.Tensor, str] = {}
+        self._modules = _Modules()
         self._open: contextlib.ExitStack | None = None
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Counts the model's parameters, buffers and gradients, and the optimizer's state, as what they are."""
-        self.label((*model.parameters(), *model.buffers()), PARAMETERS)
-        self.label((p.grad for p in model.parameters() if p.grad is not None), GRADIENTS)
+        """Counts the model's parameters, buffers and gradients, and the optimizer's state, as what they are.
+
+        Whatever the model's modules make is then counted as theirs.
+        """
+        for path, module in model.named_modules():
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                self._paths.setdefault(tensor, path or OUTSIDE)
+                self._label(tensor, PARAMETERS, self._paths[tensor])
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                self._label(parameter.grad, GRADIENTS, self._paths[parameter])
         if optimizer is not None:
-            self.label(_tensors(dict(optimizer.state)), OPTIMIZER)
+            self._label_state(optimizer)
         self._watched.append((model, optimizer))
         if self._open is not None:
             self._attach(model, optimizer, self._open)
@@ -134,13 +192,32 @@ class Tracker:
     def label(self, tensors: Iterable[torch.Tensor], category: str) -> None:
         """Counts the storages of `tensors` as `category` from now on."""
         for tensor in tensors:
-            storage = self._see(tensor, category)
-            if storage is not None:
-                self._recount(storage, category=category)
+            self._label(tensor, category, None)
 
-    def reset_peak(self) -> None:
-        """Begins a new peak at what is live now."""
-        self.peak, self.at_peak = self.now, dict(self.by_category)
+    def mark(self, phase: str) -> None:
+        """Says that what was done since the mark before, or since the beginning, is called `phase`."""
+        self._entries.append(Mark(phase))
+
+    def reset_peak(self, *, forget: bool = False) -> None:
+        """Begins the step that counts at what is live now; with `forget` the entries before are dropped."""
+        if forget:
+            self._entries = [record.entered for record in self._live.values() if record.nbytes]
+        self._start = len(self._entries)
+
+    @property
+    def account(self) -> Account:
+        """Everything seen so far."""
+        return Account(tuple(self._entries), self._start)
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the highest moment since `reset_peak`, or since the beginning."""
+        return self.account.peak.nbytes
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """Those by category."""
+        return self.account.peak.by_category()
 
     def __enter__(self) -> "Tracker":
         with contextlib.ExitStack() as opening:
@@ -159,7 +236,8 @@ class Tracker:
     def _attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, stack: contextlib.ExitStack
     ) -> None:
-        """Hooks that tell what gradients and optimizer state are, until `stack` closes."""
+        """Hooks that tell who makes what, and what gradients and optimizer state are, until `stack` closes."""
+        self._modules.attach(model, stack)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 stack.callback(parameter.register_post_accumulate_grad_hook(self._gradient_made).remove)
@@ -170,66 +248,81 @@ class Tracker:
         return _Saved(self, tensor)
 
     def _gradient_made(self, parameter: nn.Parameter) -> None:
-        self.label((parameter.grad,), GRADIENTS)
+        self._label(parameter.grad, GRADIENTS, self._paths.get(parameter))
 
     def _optimizer_stepped(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        self.label(_tensors(dict(optimizer.state)), OPTIMIZER)
+        self._label_state(optimizer)
+
+    def _label_state(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter, state in optimizer.state.items():
+            for tensor in _tensors(state):
+                self._label(tensor, OPTIMIZER, self._paths.get(parameter))
 
     def _workspace_taken(self, nbytes: int, what: str, tensor: torch.Tensor) -> None:
-        self._see(tensor, WORKSPACE)
+        self._see(tensor, WORKSPACE, what)
 
-    def _see(self, tensor: torch.Tensor, category: str, unseen: int = 0) -> _Storage | None:
+    def _module(self) -> str:
+        return self._modules.current()
+
+    def _label(self, tensor: torch.Tensor, category: str, module: str | None) -> None:
+        record = self._see(tensor, category)
+        if record is not None:
+            if module is not None:
+                record.module = module
+            record.category = category
+            self._recount(record)
+
+    def _see(
+        self, tensor: torch.Tensor, category: str, operator: str = "", unseen: int = 0
+    ) -> _Storage | None:
         """The record of a tensor's storage, made as `category` if it is new; None for other devices' tensors."""
         if tensor.device.type != self.device.type:
             return None
         storage = tensor.untyped_storage()
         record = self._live.get(storage._cdata)
         if record is None:
-            record = self._live[storage._cdata] = _Storage(category, unseen)
+            module = self._module() if operator else OUTSIDE
+            record = _Storage(next(self._numbers), category, module, operator, unseen)
+            self._live[storage._cdata] = record
             record.reference = weakref.ref(storage, lambda _, key=storage._cdata: self._freed(key))
-        if record.category == WORKSPACE and category == TEMPORARY:
-            self._recount(record, category=TEMPORARY)
-        self._recount(record, nbytes=storage.nbytes() + record.unseen)
+        elif record.category == WORKSPACE and category == TEMPORARY:
+            record.category, record.operator = TEMPORARY, operator
+        self._recount(record, storage.nbytes() + record.unseen)
         return record
 
     def _keep(self, tensor: torch.Tensor) -> _Storage | None:
         record = self._see(tensor, INPUT)
         if record is not None:
-            self._recount(record, saved=record.saved + 1)
+            record.saved += 1
+            self._recount(record)
         return record
 
     def _release(self, record: _Storage | None) -> None:
         if record is not None:
-            self._recount(record, saved=record.saved - 1)
+            record.saved -= 1
+            self._recount(record)
 
     def _freed(self, key: int) -> None:
-        self._recount(self._live.pop(key), nbytes=0)
+        self._recount(self._live.pop(key), 0)
 
-    def _recount(
-        self,
-        record: _Storage,
-        *,
-        category: str | None = None,
-        nbytes: int | None = None,
-        saved: int | None = None,
-    ) -> None:
-        """Changes a record and every total it is part of."""
-        before = record.counts_as
-        self.by_category[before] -= record.nbytes
-        self.now -= record.nbytes
-        if category is not None:
-            record.category = category
+    def _change(self, record: _Storage) -> Change:
+        return Change(record.number, record.nbytes, record.counts_as, record.module, record.operator)
+
+    def _recount(self, record: _Storage, nbytes: int | None = None) -> None:
+        """Brings the totals up to what a record is by now, and enters the change if it is one."""
+        before = record.entered
         if nbytes is not None:
             record.nbytes = nbytes
-        if saved is not None:
-            record.saved = saved
-        self.by_category[record.counts_as] += record.nbytes
-        self.now += record.nbytes
-        # What a storage is for is often known only after it was made (a result that autograd then saves), so while
-        # the peak lasts it is counted as what it turned out to be, though not as what it is no longer.
-        turned_out = before in (TEMPORARY, WORKSPACE) and record.counts_as != before
-        if self.now > self.peak or (self.now == self.peak and turned_out):
-            self.peak, self.at_peak = self.now, dict(self.by_category)
+        now = self._change(record)
+        if now == before or not (now.nbytes or (before and before.nbytes)):
+            return
+        if before is not None:
+            self.by_category[before.category] -= before.nbytes
+            self.now -= before.nbytes
+        self.by_category[now.category] += now.nbytes
+        self.now += now.nbytes
+        record.entered = now
+        self._entries.append(now)
 
 
 def _unpack(saved: _Saved) -> torch.Tensor:
