@@ -1,6 +1,7 @@
 """The training step whose memory is accounted for: as train.loop makes it, on real or on meta tensors."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +39,24 @@ class Training:
     """The model on `device`, its optimiser by the write-up's recipe, and one batch; `step` trains on it once more.
 
     `tracker`, if any, is told what everything is; open it around the steps. On meta tensors `role` is what they stand
-    for: "cpu", or a GPU's architecture. Raises ValueError for a model that does not take such images, or one alone.
+    for: "cpu", or a GPU's architecture. `on_phase` is called with the name of each phase of a step when it is over.
+
+    Raises ValueError for a model that does not take such images, or one alone.
     """
 
     def __init__(
-        self, step: Step, device: torch.device | str, tracker: Tracker | None = None, role: str | None = None
+        self,
+        step: Step,
+        device: torch.device | str,
+        tracker: Tracker | None = None,
+        *,
+        role: str | None = None,
+        on_phase: Callable[[str], None] | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.tracker, self.role, self.amp = tracker, role, AMP_DTYPES[step.amp]
+        self.role, self.amp = role, AMP_DTYPES[step.amp]
+        self.listeners = [tracker.mark] if tracker is not None else []
+        self.listeners += [on_phase] if on_phase is not None else []
         layout = models.memory_format(step.conv)
         with self.device:
             self.model = models.build(step.model, step.conv, NUM_CLASSES, step.image_size).to(memory_format=layout)
@@ -65,23 +76,23 @@ class Training:
         with self._precision():
             logits = self.model(self.x)
             loss = cross_entropy(logits.float(), self.y)
-        self._mark(FORWARD)
+        self._end(FORWARD)
         self.optimizer.zero_grad()
         loss.backward()
-        self._mark(BACKWARD)
+        self._end(BACKWARD)
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
-        self._mark(OPTIMIZER_STEP)
+        self._end(OPTIMIZER_STEP)
 
     def _precision(self) -> contextlib.AbstractContextManager:
         if self.device.type == "meta":
             return StandIn(self.role, amp=self.amp)
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
-    def _mark(self, phase: str) -> None:
-        if self.tracker is not None:
-            self.tracker.mark(phase)
+    def _end(self, phase: str) -> None:
+        for listener in self.listeners:
+            listener(phase)
 
 
 def track(step: Step, device: torch.device | str, *, steps: int = 2) -> Account:
@@ -91,11 +102,11 @@ def track(step: Step, device: torch.device | str, *, steps: int = 2) -> Account:
     return tracker.account
 
 
-def predict(step: Step, role: str, *, multiprocessors: int | None = None, steps: int = 2) -> Account:
+def rehearse(step: Step, role: str, *, multiprocessors: int | None = None, steps: int = 2) -> Account:
     """The same on meta tensors in the role of the CPU ("cpu") or of a GPU ("sm_75"), with so many multiprocessors."""
     tracker = Tracker("meta")
     with in_the_role_of(role, multiprocessors):
-        _train(Training(step, "meta", tracker, role), tracker, steps)
+        _train(Training(step, "meta", tracker, role=role), tracker, steps)
     return tracker.account
 
 

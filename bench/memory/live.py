@@ -1,0 +1,143 @@
+"""--live: the real step on the device at hand, over and over, while its memory is followed on the console."""
+
+import contextlib
+import dataclasses
+
+import torch
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from bench.measure.account import CATEGORIES
+from bench.measure.host import open_host
+from bench.measure.nvml import open_gpu
+from bench.measure.sampling import Phase, Recorder, Usage
+from bench.measure.tracker import Tracker
+from bench.memory.console import COLOURS, mib
+from bench.memory.step import Step, Training
+from train.report import device_name
+
+
+def follow(console: Console, step: Step, steps: int, device: torch.device) -> dict:
+    """Makes so many steps and shows them; returns what was seen, in bytes. Raises ValueError as Training does."""
+    tracker = Tracker(device)
+    if device.type == "cuda":
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        recorder = Recorder(open_device=lambda: open_gpu(uuid))
+    else:
+        recorder = Recorder(open_device=open_host)
+    view = View(step, steps, device, tracker, recorder)
+    with recorder:
+        training = Training(step, device, tracker, on_phase=view.phase_ended)
+        recorder.mark("set-up")
+        live = Live(view, console=console, refresh_per_second=8, transient=True)
+        with live if console.is_terminal else contextlib.nullcontext(), tracker:
+            for _ in range(steps):
+                tracker.reset_peak(forget=True)
+                training.step()
+                view.step_ended()
+                if not console.is_terminal:
+                    console.print(view.line())
+    console.print(view.closing())
+    return view.as_dict()
+
+
+class View:
+    """What the console shows while it runs; rich asks for it again and again, from a thread of its own."""
+
+    def __init__(self, step: Step, steps: int, device: torch.device, tracker: Tracker, recorder: Recorder) -> None:
+        self.step, self.steps, self.device = step, steps, device
+        self.tracker, self.recorder = tracker, recorder
+        self.done = 0
+        self.phase = "forward"
+        self.peak = 0
+        self.peaks: dict[str, int] = {}
+        self.at_peak = dict.fromkeys(CATEGORIES, 0)
+
+    def phase_ended(self, phase: str) -> None:
+        self.recorder.mark(phase)
+        names = ("forward", "backward", "optimizer step")
+        self.phase = names[(names.index(phase) + 1) % len(names)]
+
+    def step_ended(self) -> None:
+        self.done += 1
+        account = self.tracker.account
+        for name, phase in account.phases.items():
+            self.peaks[name] = max(self.peaks.get(name, 0), phase.peak.nbytes)
+        if account.peak.nbytes >= self.peak:
+            self.peak, self.at_peak = account.peak.nbytes, account.peak.by_category()
+
+    @property
+    def source(self) -> str:
+        """What the witness beside the tracker measures."""
+        overall = self.recorder.recording.overall
+        if self.device.type != "cuda":
+            return "resident set"
+        return "NVML, this process" if overall.process else "NVML, whole device"
+
+    def usage(self, phase: Phase) -> Usage | None:
+        return phase.process or phase.used
+
+    def title(self) -> str:
+        step = self.step
+        what = f"{step.model}, {step.conv} convolution, batch {step.batch_size}, {step.image_size} px"
+        return f"{what}, on {device_name(self.device)}"
+
+    def line(self) -> str:
+        usage = self.usage(self.recorder.recording.overall)
+        witness = f"; {self.source} {mib(usage.peak)} peak so far" if usage else ""
+        return f"step {self.done}/{self.steps}: tracked {mib(self.peak)} MiB at the peak{witness}"
+
+    def __rich__(self) -> Group:
+        now, highest = dict(self.tracker.by_category), max(self.peak, self.tracker.now, 1)
+        lines = [Text(self.title(), style="bold"), Text(f"step {self.done + 1}/{self.steps}, {self.phase}")]
+        for category in CATEGORIES:
+            line = Text(f"{category:18}")
+            line.append("█" * round(40 * now[category] / highest), style=COLOURS[category])
+            line.append(f" {mib(now[category])}")
+            lines.append(line)
+        lines.append(Text(f"tracked now {mib(self.tracker.now)}, peak {mib(max(self.peak, self.tracker.now))} MiB"))
+        if self.device.type == "cuda":
+            allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+            lines.append(Text(f"allocator: {mib(allocated)} allocated, {mib(reserved)} reserved"))
+        if usage := self.usage(self.recorder.recording.overall):
+            lines.append(Text(f"{self.source}: mean {usage.mean / 2**20:,.1f}, peak {mib(usage.peak)} MiB"))
+        return Group(*lines)
+
+    def closing(self) -> Group:
+        """The table at the end."""
+        recording = self.recorder.recording
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("MiB")
+        for name in ("tracked peak", f"{self.source}: mean", "peak", "samples"):
+            table.add_column(name, justify="right")
+        for name, phase in [*recording.phases.items(), ("all", recording.overall)]:
+            usage = self.usage(phase)
+            tracked = self.peak if name == "all" else self.peaks.get(name)
+            seen = (f"{usage.mean / 2**20:,.1f}", mib(usage.peak), f"{usage.samples:,}") if usage else ("-", "-", "-")
+            table.add_row(name, mib(tracked) if tracked else "-", *seen)
+        made = ", ".join(f"{category} {mib(size)}" for category, size in self.at_peak.items() if size)
+        lines = [Text(f"{self.title()}; {self.steps} steps", style="bold"), table, Text(f"tracked at the peak: {made}")]
+        if self.device.type == "cuda":
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            lines.append(Text(f"allocator's peaks: {mib(torch.cuda.max_memory_allocated(self.device))} MiB allocated, "
+                              f"{mib(reserved)} reserved"))
+        if recording.unavailable:
+            lines.append(Text(f"not measured: {recording.unavailable}"))
+        lines += [Text(f"note: {note}") for note in recording.notes]
+        return Group(*lines)
+
+    def as_dict(self) -> dict:
+        """For --json."""
+        recording = self.recorder.recording
+        return {
+            "label": f"tracked on {device_name(self.device)}",
+            "witness": self.source,
+            "steps": self.steps,
+            "peak": self.peak,
+            "at_peak": self.at_peak,
+            "phases": self.peaks,
+            "recording": dataclasses.asdict(recording),
+        }

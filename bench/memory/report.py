@@ -1,0 +1,98 @@
+"""The report as plain types: what --json writes and the console shows. Sizes are bytes."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.conditions import conditions
+from bench.measure.account import Account
+from bench.measure.nvml import GpuMemory
+from bench.measure.predict import ASSUMPTIONS, GpuKind, Prediction
+from bench.memory.step import NUM_CLASSES, Step
+from bench.memory.words import describe, difference, gap_to, peak_place
+from train import writeup
+
+PREDICTED = "predicted: accounted on meta tensors, then replayed through a model of PyTorch's allocator"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What is known of one convolution's step."""
+
+    step: Step
+    account: Account
+    prediction: Prediction
+    measured: dict[str, Any] | None
+    """By bench.memory.measured, or None without a GPU."""
+    largest_batch: dict[str, int] | None
+    """{"surely", "perhaps"}: images a step on the GPU predicted for, or None where it was not asked for."""
+
+
+def make_report(
+    results: dict[str, Result], gpu: GpuKind, found: GpuMemory | None, reason: str | None
+) -> dict[str, Any]:
+    """Of `results` by convolution, predicted for `gpu`; `found` is the GPU at hand, or `reason` why there is none."""
+    step = next(iter(results.values())).step
+    reference = results.get("torch")
+    return {
+        "model": step.model,
+        "batch_size": step.batch_size,
+        "image_size": step.image_size,
+        "num_classes": NUM_CLASSES,
+        "dtype": "float32" if step.amp == "off" else f"float32 with autocast to {step.amp}",
+        "recipe": "writeup",
+        "label": PREDICTED,
+        "gpu": dataclasses.asdict(gpu),
+        "convolutions": {conv: entry(conv, result, reference) for conv, result in results.items()},
+        "differences": [
+            dataclasses.asdict(difference(conv, result.account, "torch", reference.account))
+            for conv, result in results.items()
+            if reference and conv != "torch"
+        ],
+        "assumptions": ASSUMPTIONS,
+        "measured_on": found.name if found else None,
+        "not_measured_because": reason,
+        "conditions": conditions(torch.device("cuda", 0) if found else torch.device("cpu")),
+    }
+
+
+def entry(conv: str, result: Result, reference: Result | None) -> dict[str, Any]:
+    """One convolution's part of the report."""
+    peak = result.account.peak
+    theirs = writeup_mib(result.step)
+    return {
+        "peak": peak.nbytes,
+        "at_peak": peak.by_category(),
+        "peak_is_in": peak_place(result.account),
+        "ratio_to_torch": round(peak.nbytes / reference.account.peak.nbytes, 4) if reference else None,
+        "phases": {
+            name: {"peak": phase.peak.nbytes, "at_peak": phase.peak.by_category(), "end": phase.end.nbytes}
+            for name, phase in result.account.phases.items()
+        },
+        "live_at_peak": [
+            {
+                "category": storage.category, "module": storage.module, "operator": storage.operator,
+                "nbytes": storage.nbytes, "what": describe(conv, storage),
+            }
+            for storage in sorted(peak.live, key=lambda storage: -storage.nbytes)
+        ],
+        **{name: list(dataclasses.astuple(value)) for name, value in _ranges(result.prediction).items()},
+        "largest_batch": result.largest_batch,
+        "measured": result.measured,
+        "writeup_nvidia_smi_mib": theirs,
+        "gap_to_writeup": gap_to(theirs, result.prediction.reserved.low) if theirs else None,
+    }
+
+
+def _ranges(prediction: Prediction) -> dict[str, Any]:
+    return {field.name: getattr(prediction, field.name) for field in dataclasses.fields(prediction)}
+
+
+def writeup_mib(step: Step) -> int | None:
+    """What nvidia-smi showed the write-up for this step on its Tesla T4, or None where it made another."""
+    as_theirs = (step.batch_size, step.image_size, step.amp) == (writeup.BATCH_SIZE, writeup.IMAGE_SIZE, "off")
+    # A fine-tuned network takes what a new one does.
+    theirs = writeup.figures_for(step.model, step.conv, fine_tuned=True)
+    return theirs.mib if as_theirs and theirs and theirs.conv == step.conv else None
