@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from train import compare, writeup
+from train import compare, memory, writeup
 from train.files import write_csv
 from train.recipes import RECIPES
 from train.records import EPOCH_COLUMNS
@@ -146,6 +146,47 @@ def test_memory_of_different_kinds_has_columns_of_its_own(make_run, compare_run)
     cost = out.split("where, how fast")[1]
     places = [next(line for line in cost.splitlines() if figure in line).index(figure) for figure in ("3,001", "702")]
     assert places[1] > places[0] + 5
+
+
+def test_memory_of_different_kinds_does_not_mix_in_one_row(make_run, compare_run):
+    """Seeds of one group: the first by an earlier version, two since."""
+    make_run("a", seed=0, memory=(GPU, 1523.0))
+    make_run("b", seed=1, memory=(memory.PROCESS, 3001.0))
+    make_run("c", seed=2, memory=(memory.PROCESS, 3003.0))
+    _, out, _, (row,) = compare_run("a", "b", "c")
+    assert (row["n"], row["memory_kind"], row["memory_mib"], row["memory_mib_sd"]) == ("3", GPU, "1523", "")
+    assert line_of(out.split("where, how fast")[1], "simplenet torch writeup")[-2:] == ["1,523", "3,002"]
+    assert "memory of different kinds in one row" in out
+    assert f"(b) {memory.PROCESS}" in out
+
+
+def test_the_mean_of_a_run_stands_beside_the_writeups_in_a_column_of_its_own(make_run, compare_run):
+    make_run("a", memory=(memory.PROCESS, 3001.0))
+    out = compare_run("a")[1]
+    ours, theirs = (
+        next(line for line in out.split("where, how fast")[1].splitlines() if figure in line)
+        for figure in ("3,001", f"{writeup.SIMPLENET.mib:,}")
+    )
+    assert ours.index("3,001") < theirs.index(f"{writeup.SIMPLENET.mib:,}")
+    assert f"(a) {memory.PROCESS}\n(b) {writeup.MEMORY_KIND}" in out
+
+
+def test_memory_that_a_run_does_not_know_is_left_open(make_run, compare_run):
+    make_run("a", memory=(memory.PROCESS, None))
+    code, out, _, (row,) = compare_run("a")
+    assert (code, row["memory_mib"], row["memory_kind"]) == (0, "", memory.PROCESS)
+    assert line_of(out.split("where, how fast")[1], "simplenet torch writeup") == ["native", "500.0", "-"]
+
+
+def test_tables_of_epochs_with_empty_cells_and_of_earlier_versions_are_read(make_run, compare_run):
+    for name, columns in (("a", EPOCH_COLUMNS), ("b", EPOCH_COLUMNS[: -len(memory.COLUMNS)])):
+        path = make_run(name, seed=ord(name)) / "metrics.csv"
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        kept = [{name: row[name] for name in columns} for row in rows]
+        write_csv(path, columns, [row | dict.fromkeys(set(columns) & set(memory.COLUMNS), "") for row in kept])
+    code, _, err, (row,) = compare_run("a", "b")
+    assert (code, err, row["n"], float(row["val_top1"])) == (0, "", "2", 44)
 
 
 def test_where_the_kernels_ran_is_shown(make_run, compare_run):

@@ -1,5 +1,6 @@
-"""The recorder of GPU memory over a run, through the real pynvml, against a small NVML library of our own."""
+"""The recorder of memory over a run, through the real pynvml, against a small NVML library of our own."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ ME = os.getpid()
 
 
 def sampling_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "nvml-sampling"]
+    return [thread for thread in threading.enumerate() if thread.name == "memory-sampling"]
 
 
 def test_phases_are_what_was_done_before_their_marks(fake):
@@ -161,7 +162,7 @@ def test_a_driver_that_hangs_does_not_keep_the_program(fake, monkeypatch):
         fake.set("delay_ms:nvmlDeviceGetMemoryInfo_v2", 500)
         fake.await_samples(1)
     assert recorder._run.thread.is_alive()
-    assert recorder.recording.failures == {"NVML did not return from a call": 1}
+    assert recorder.recording.failures == {"the device did not return from a call": 1}
     assert fake.get("open") == 1  # closing it under the call could crash
     recorder._run.thread.join()
     pynvml.nvmlShutdown()
@@ -202,6 +203,66 @@ def test_a_long_curve_is_thinned_evenly(fake, monkeypatch):
     assert recorder.recording.phases["step"].used.samples == 50
 
 
+def test_a_mark_returns_its_own_stretch_alone(fake):
+    with Recorder(period=None) as recorder:
+        recorder.mark("forward")
+        fake.set("0.used", 15 * MIB)
+        recorder.mark("backward")
+        fake.set("0.used", 7 * MIB)
+        stretch = recorder.mark("forward")
+    forward = recorder.recording.phases["forward"]
+    assert (stretch.stretches, stretch.used.samples, stretch.used.peak) == (1, 1, 7 * MIB)
+    assert (forward.stretches, forward.used.samples, forward.used.peak) == (2, 3, 7 * MIB)
+    assert stretch.end == forward.end
+    assert 0 < stretch.begin < stretch.end
+
+
+def test_another_device_is_opened_and_closed_in_its_place(fake):
+    """With nothing asked of NVML."""
+    opened = []
+
+    class Other:
+        def memory(self):
+            return nvml.GpuMemory(name="other", uuid="", total=9, used=len(opened), process=None, notes=("n",))
+
+        def conditions(self):
+            return None
+
+    @contextlib.contextmanager
+    def open_device():
+        opened.append("open")
+        yield Other()
+        opened.append("closed")
+
+    recorder = Recorder(open_device=open_device, period=None)
+    for times in (1, 2):
+        with recorder:
+            recorder.mark("a")
+        assert opened == ["open", "closed"] * times
+        assert recorder.recording.overall.used.peak == 2 * times - 1
+        assert recorder.recording.notes == {"n": 3}
+    assert fake.get("calls:nvmlDeviceGetMemoryInfo_v2") == 0
+
+
+@pytest.mark.parametrize("period", [None, 0.001])
+def test_a_device_that_cannot_be_opened_or_closed_stops_nobody(period):
+    @contextlib.contextmanager
+    def fails_at(moment):
+        if moment == "opening":
+            raise OSError("no such device\nand more lines")
+        yield nvml.Gpu.__new__(nvml.Gpu)
+        raise OSError("no way out")
+
+    with Recorder(open_device=lambda: fails_at("opening"), period=period) as recorder:
+        recorder.mark("a")
+    assert recorder.recording.unavailable == "no such device"
+    assert recorder.recording.phases["a"].used is None
+    with Recorder(open_device=lambda: fails_at("closing"), period=period) as recorder:
+        recorder.mark("a")
+    assert recorder.recording.unavailable is None
+    assert recorder.recording.failures["no way out"] == 1
+
+
 def test_a_recording_is_plain_data(fake):
     with Recorder() as recorder:
         recorder.mark("forward")
@@ -214,6 +275,8 @@ def test_misuse_is_refused(fake):
     for period in (0, -1, float("nan")):
         with pytest.raises(ValueError, match="period must be above 0"):
             Recorder(period=period)
+    with pytest.raises(ValueError, match=f"{FIRST} names a GPU and open_device"):
+        Recorder(FIRST, open_device=contextlib.nullcontext)
     recorder = Recorder(period=None)
     with pytest.raises(RuntimeError, match="nothing has been recorded"):
         _ = recorder.recording

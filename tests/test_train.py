@@ -145,6 +145,7 @@ def test_tables_have_the_columns_of_the_contract(finished):
     assert list(epochs[0]) == [
         "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
         "images_per_s", "data_wait_pct",
+        "memory_mean_mib", "memory_peak_mib", "allocated_peak_mib", "reserved_peak_mib",
     ]
     assert [row["epoch"] for row in epochs] == ["1", "2", "3"]
     assert list(steps[0]) == ["step", "lr", "loss"]
@@ -164,7 +165,7 @@ def test_summary_says_what_ran_where(finished):
     assert summary["seed"] == 0
     assert summary["val_top1"] == float(rows(folder / "metrics.csv")[-1]["val_top1"])
     assert summary["device"].startswith("CPU")
-    assert summary["memory"]["kind"] == "peak resident set of the process (CPU)"
+    assert summary["memory"]["kind"] == "mean resident set of the process (CPU)"
     assert summary["memory"]["mib"] > 100  # torch alone is more
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["images_per_s"] > 0

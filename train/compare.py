@@ -188,10 +188,10 @@ def print_tables(console: Console, groups: Sequence[Group], names: Sequence[tupl
             *(figure_cell(group.each(FIGURES[key]), ".2f") for key in ("val_top1", "val_top5", "best_val_top1")),
             crossing_cell(group), figure_cell(group.each(FIGURES["gap"]), "+.1f"),
         )
-        memory = figure_cell(group.each(lambda run: run.summary["memory"]["mib"]), ",.0f") if group.finished else "-"
+        memory = {kind: figure_cell(figures, ",.0f") if figures else "-" for kind, figures in group.memory.items()}
         cost.add_row(
             cell, group.backend, figure_cell(group.each(FIGURES["images_per_s"]), ",.1f"),
-            *(memory if kind == group.memory_kind else "" for kind in kinds),
+            *(memory.get(kind, "") for kind in kinds),
         )
         if theirs := writeup_figures(group):
             whose = f"  write-up, {theirs.conv}"
@@ -216,7 +216,7 @@ def make_table(title: str) -> Table:
 
 def memory_kinds(groups: Sequence[Group]) -> dict[str, str]:
     """What was measured as memory -> the letter it goes by; figures of different kinds never share a column."""
-    kinds = [group.memory_kind for group in groups if group.finished]
+    kinds = [kind for group in groups for kind in group.memory]
     if any(writeup_figures(group) for group in groups):
         kinds.append(writeup.MEMORY_KIND)
     return {kind: chr(ord("a") + i) for i, kind in enumerate(dict.fromkeys(kinds))}
@@ -251,6 +251,8 @@ def notes(groups: Sequence[Group]) -> list[str]:
         seeds = [run.config["seed"] for run in group.runs]
         if len(set(seeds)) < len(seeds):
             lines.append(f"note: the same seed more than once: {folders(group)}")
+        if len(group.memory) > 1:
+            lines.append(f"note: memory of different kinds in one row, the first in compare.csv: {folders(group)}")
     if differing_data([settings_of(group) for group in groups]):
         lines.append("warning: these runs were validated on different images: accuracies do not compare.")
     theirs = f"MiniPlaces, {writeup.CLASSES} classes, {writeup.IMAGE_SIZE} px"
@@ -267,8 +269,9 @@ def folders(group: Group) -> str:
 
 def csv_row(group: Group, name: tuple[str, ...]) -> dict[str, Any]:
     figures = {key: group.each(figure) for key, figure in FIGURES.items()}
-    if group.finished:
-        figures["memory_mib"] = group.each(lambda run: run.summary["memory"]["mib"])
+    kind, memory = next(iter(group.memory.items()), (None, []))
+    if memory:
+        figures["memory_mib"] = memory
     theirs = writeup_figures(group)
     return {
         **dict(zip((*NAMED, "settings"), name, strict=True)),
@@ -283,7 +286,7 @@ def csv_row(group: Group, name: tuple[str, ...]) -> dict[str, Any]:
         "crossing_epoch": " ".join(str(run.crossing or "-") for run in group.runs),
         "backend": group.backend,
         "device": group.device,
-        "memory_kind": group.memory_kind,
+        "memory_kind": kind,
         **{f"writeup_{key}": value for key, value in (asdict(theirs) if theirs else {}).items()},
         "folders": " ".join(str(run.folder) for run in group.runs),
     }

@@ -23,6 +23,7 @@ from train.cli import StopRequest, UserError
 from train.data import Dataset
 from train.display import Display
 from train.distributed import World
+from train.memory import SAVING, TRAINING, VALIDATION, MemoryAccount
 from train.meter import Meter
 from train.optim import MovingAverage, initialise, learning_rate, make_optimizer
 from train.profiling import Profiler
@@ -83,6 +84,7 @@ class Trainer:
         self.timing = {"seconds": 0.0, "waiting": 0.0, "images": 0, "total_seconds": 0.0, "total_images": 0}
         self.best = {"epoch": 0, "val_top1": -1.0}
         self.saved_step, self.saved_time = 0, time.monotonic()
+        self.memory = MemoryAccount(device)
         self.records = Records(folder)
         if saved is not None:
             self.resume(saved)
@@ -99,18 +101,29 @@ class Trainer:
 
     def fit(self, display: Display, stop: StopRequest, profiler: Profiler | None = None) -> None:
         """Trains to the last epoch. Raises Stopped, or UserError when the loss is no longer a number."""
-        for _ in range(self.epoch, self.settings.epochs):
-            self.train_epoch(display, stop, profiler)
-            with profiler.paused() if profiler else contextlib.nullcontext():
-                row = self.train_row() | self.validate(display, stop)
-            if not math.isfinite(row["val_loss"]):
-                self.fail("validation loss", row["val_loss"], row["lr"], step=self.step)
-            self.epoch, self.batch = self.epoch + 1, 0
-            self.meter = Meter(len(self.train.classes), self.device)
-            self.timing |= {"seconds": 0.0, "waiting": 0.0, "images": 0}
-            self.records.add_epoch(self.step, row)
-            self.save(is_best=row["val_top1"] > self.best["val_top1"], val_top1=row["val_top1"])
-            display.epoch_done(self.epoch, row)
+        with self.memory:
+            if reason := self.memory.unavailable:
+                display.console.print(f"memory is not followed: {reason}", soft_wrap=True, highlight=False)
+            for _ in range(self.epoch, self.settings.epochs):
+                self.fit_epoch(display, stop, profiler)
+
+    def fit_epoch(self, display: Display, stop: StopRequest, profiler: Profiler | None) -> None:
+        """One epoch, or the rest of it, with its validation, its row and its checkpoint."""
+        self.train_epoch(display, stop, profiler)
+        self.memory.mark(TRAINING)
+        with profiler.paused() if profiler else contextlib.nullcontext():
+            row = self.train_row() | self.validate(display, stop)
+        if not math.isfinite(row["val_loss"]):
+            self.fail("validation loss", row["val_loss"], row["lr"], step=self.step)
+        self.memory.mark(VALIDATION)
+        row |= self.memory.end_epoch()
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.meter = Meter(len(self.train.classes), self.device)
+        self.timing |= {"seconds": 0.0, "waiting": 0.0, "images": 0}
+        self.records.add_epoch(self.step, row)
+        self.save(is_best=row["val_top1"] > self.best["val_top1"], val_top1=row["val_top1"])
+        display.epoch_done(self.epoch, row)
+        self.memory.mark(SAVING)
 
     def train_epoch(self, display: Display, stop: StopRequest, profiler: Profiler | None) -> None:
         """The steps of the epoch that are still to make."""

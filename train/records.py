@@ -12,10 +12,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from train.cli import UserError
 from train.files import read_csv, write_csv
+from train.memory import COLUMNS as MEMORY_COLUMNS
 
 EPOCH_COLUMNS = (
     "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
-    "images_per_s", "data_wait_pct",
+    "images_per_s", "data_wait_pct", *MEMORY_COLUMNS,
 )
 STEP_COLUMNS = ("step", "lr", "loss")
 
@@ -36,9 +37,10 @@ class Records:
         self._add_event(step, {"step/loss": loss, "step/lr": lr})
 
     def add_epoch(self, step: int, row: dict[str, Any]) -> None:
-        """A row of EPOCH_COLUMNS; `step` is where TensorBoard shows it."""
-        self.epochs.append({name: f"{row[name]:.6g}" for name in EPOCH_COLUMNS})
-        self._add_event(step, {f"epoch/{name}": value for name, value in row.items() if name != "epoch"})
+        """A row of EPOCH_COLUMNS, None where a value is unknown; `step` is where TensorBoard shows the others."""
+        self.epochs.append({name: "" if row[name] is None else f"{row[name]:.6g}" for name in EPOCH_COLUMNS})
+        known = {name: value for name, value in row.items() if value is not None}
+        self._add_event(step, {f"epoch/{name}": value for name, value in known.items() if name != "epoch"})
 
     def write(self) -> None:
         """Both CSV files anew, and the events since the last call after the earlier ones; raises OSError."""
@@ -53,13 +55,20 @@ class Records:
     def read(self, *, up_to_step: int, up_to_epoch: int) -> None:
         """The rows on disk as far as a checkpoint reaches; TensorBoard is told to forget those beyond it."""
         self.steps = self._rows("steps.csv", STEP_COLUMNS, up_to_step)
-        self.epochs = self._rows("metrics.csv", EPOCH_COLUMNS, up_to_epoch)
+        self.epochs = self._rows("metrics.csv", EPOCH_COLUMNS, up_to_epoch, later=MEMORY_COLUMNS)
         start = SessionLog(status=SessionLog.START)
         self._events = [Event(wall_time=time.time(), step=up_to_step + 1, session_log=start)]
 
-    def _rows(self, name: str, columns: tuple[str, ...], count: int) -> list[dict[str, str]]:
-        """The first `count` rows of a table; raises UserError where it has fewer, or other columns."""
+    def _rows(
+        self, name: str, columns: tuple[str, ...], count: int, *, later: tuple[str, ...] = ()
+    ) -> list[dict[str, str]]:
+        """The first `count` rows of a table; raises UserError where it has fewer, or other columns.
+
+        `later` are the last columns, which tables of earlier versions lack: their cells are then empty.
+        """
         rows = read_csv(self.folder / name)[:count]
+        early = columns[: len(columns) - len(later)]
+        rows = [row | dict.fromkeys(later, "") if tuple(row) == early else row for row in rows]
         if len(rows) < count or any(tuple(row) != columns or None in row.values() for row in rows):
             raise UserError(f"{self.folder / name} is damaged: last.pt needs its first {count} rows")
         return rows

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from kernels.runtime import backend_for
 from train.files import atomic_write, read_csv
+from train.memory import describe as describe_memory
 from train.recipes import Settings
 
 PACKAGES = ("triton", "torchvision", "torchmetrics", "numpy")
@@ -46,17 +47,6 @@ def describe_backend(backend: str, device: str) -> str:
     }[backend]
 
 
-def peak_memory(device: torch.device) -> dict[str, Any]:
-    """{"kind": what was measured, "mib": its peak since the process began}."""
-    if device.type == "cuda":
-        kind, size = "peak of PyTorch's allocated GPU memory", torch.cuda.max_memory_allocated(device)
-    else:
-        # VmHWM rather than getrusage, whose peak a process inherits from the one that started it.
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        kind, size = "peak resident set of the process (CPU)", 1024 * int(status["VmHWM"].split()[0])
-    return {"kind": kind, "mib": round(size / 2**20, 1)}
-
-
 def versions() -> dict[str, str | None]:
     """Of Python, of the packages that compute, and of the CUDA that PyTorch was built for, if any."""
     return {
@@ -86,9 +76,9 @@ def git_commit() -> str | None:
 
 def summarise(
     settings: Settings, device: torch.device, *, classes: int, train_images: int, val_images: int,
-    last: dict[str, str], best: dict[str, Any], images_per_s: float, processes: int,
+    last: dict[str, str], best: dict[str, Any], images_per_s: float, memory: dict[str, Any], processes: int,
 ) -> dict[str, Any]:
-    """The contents of summary.json; `last` is the final row of metrics.csv."""
+    """The contents of summary.json; `last` is the final row of metrics.csv, `memory` what MemoryAccount sums up."""
     return {
         "model": settings.model,
         "conv": settings.conv,
@@ -109,7 +99,7 @@ def summarise(
         "best_val_top1": best["val_top1"],
         "best_epoch": best["epoch"],
         "images_per_s": round(images_per_s, 1),
-        "memory": peak_memory(device),
+        "memory": memory,
         "seed": settings.seed,
         "versions": versions(),
         "commit": git_commit(),
@@ -151,7 +141,7 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     table.add_row("val top-1", f"{summary['val_top1']:.2f}%  ({best})")
     table.add_row("val top-5", describe_top5(summary["val_top5"], summary["classes"]))
     table.add_row("training speed", f"{summary['images_per_s']:,.1f} images/s")
-    table.add_row("memory", f"{summary['memory']['mib']:,.0f} MiB, {summary['memory']['kind']}")
+    table.add_row("memory", describe_memory(summary["memory"]))
     table.add_row("run folder", str(folder))
     console.print(table)
     if summary["backend"] == "interpreter":

@@ -14,12 +14,15 @@ import torch
 from train.cli import UserError
 from train.files import read_csv
 from train.recipes import DEFAULTS
-from train.records import EPOCH_COLUMNS
+from train.records import EPOCH_COLUMNS, MEMORY_COLUMNS
 from train.report import backend_of
 from train.run_folder import CONFIG, METRICS, SUMMARY
 
 # Settings that change neither what is learned nor what is measured.
 IRRELEVANT = {"seed", "cache"}
+
+# Memory is compared by the summaries: its columns have empty cells, and runs of earlier versions lack them.
+COLUMNS = tuple(name for name in EPOCH_COLUMNS if name not in MEMORY_COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +33,7 @@ class Run:
     config: dict[str, Any]
     """The run's settings."""
     epochs: list[dict[str, float]]
-    """The rows of metrics.csv."""
+    """COLUMNS of metrics.csv, a row an epoch."""
     summary: dict[str, Any] | None
     """summary.json; None while the run is unfinished."""
 
@@ -90,9 +93,12 @@ class Group:
         return summary["device"] if processes == 1 else f"{processes} × {summary['device']}"
 
     @property
-    def memory_kind(self) -> str | None:
-        summary = self.runs[0].summary
-        return summary["memory"]["kind"] if summary else None
+    def memory(self) -> dict[str, list[float]]:
+        """What was measured as memory -> MiB of each finished run that measured it: figures of two kinds never mix."""
+        figures: dict[str, list[float]] = {}
+        for entry in (run.summary["memory"] for run in self.runs if run.summary):
+            figures.setdefault(entry["kind"], []).extend([] if entry["mib"] is None else [entry["mib"]])
+        return figures
 
     def each(self, figure: Callable[[Run], float]) -> list[float]:
         return [figure(run) for run in self.runs]
@@ -158,7 +164,7 @@ def read_object(path: Path, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows, as numbers."""
+    """COLUMNS of its rows, as numbers."""
     try:
         rows = read_csv(path)
     except FileNotFoundError:
@@ -167,10 +173,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         raise UserError(f"{path} is damaged: {error}") from error
     numbers = []
     for count, row in enumerate(rows, start=1):
-        if missing := [name for name in EPOCH_COLUMNS if name not in row]:
+        if missing := [name for name in COLUMNS if name not in row]:
             raise UserError(f"{path} lacks the column {', '.join(missing)}")
         try:
-            numbers.append({name: float(row[name]) for name in EPOCH_COLUMNS})
+            numbers.append({name: float(row[name]) for name in COLUMNS})
         except (TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged in row {count}: {error}") from error
         if not all(math.isfinite(value) for value in numbers[-1].values()):

@@ -202,6 +202,7 @@ def train(trainer: Trainer, console: Console, profiler: Profiler | None) -> None
         best=trainer.best,
         processes=world.size,
         images_per_s=trainer.timing["total_images"] / trainer.timing["total_seconds"],
+        memory=trainer.memory.summary(),
     )
     write_json(folder / SUMMARY, summary)
     print_summary(console, summary, folder)

@@ -46,7 +46,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Here a library's operator ran, which may have taken a workspace of its own and returned it: nobody saw it."""
+    """Here a library convolved, which may have taken a workspace of its own and returned it: nobody saw it."""
 
     operator: str
     module: str

@@ -125,10 +125,10 @@ def replay(account: Account, gpu: GpuKind, *, workspaces: bool, capacity: int | 
             if workspaces:
                 allocator.free(allocator.allocate(entry.nbytes))
         else:
+            _change(entry, blocks, allocator)
             if entry.operator in MATRIX_PRODUCTS and is_forward not in threads_seen:
                 threads_seen.add(is_forward)
                 allocator.allocate(cublas)
-            _change(entry, blocks, allocator)
     return allocator
 
 

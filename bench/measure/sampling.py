@@ -1,4 +1,4 @@
-"""GPU memory over a run, as nvidia-smi would show it: mean and peak for each phase, by NVML.
+"""Memory over a run: mean and peak for each phase, of a GPU as nvidia-smi would show it, or of another device.
 
     recorder = Recorder(str(torch.cuda.get_device_properties(0).uuid), period=0.01)
     with recorder:                             # or @recorder above a function
@@ -10,8 +10,10 @@
             ...
     recorder.recording.phases["forward"].used.peak
 
-It never stops the program it watches: where NVML is missing or fails on the way, the recording says so, and phases
-have their times alone.
+Who is asked is exchangeable: a GPU through NVML unless `open_device` says otherwise, as `host.open_host` does.
+
+It never stops the program it watches: where the device is missing or fails on the way, the recording says so, and
+phases have their times alone.
 
 Marks are moments of the host. PyTorch takes memory when the host queues a kernel, so memory needs no synchronising;
 times of phases do.
@@ -24,9 +26,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TypeVar
+from functools import partial
+from typing import Protocol, TypeVar
 
-from bench.measure.nvml import Gpu, GpuConditions, GpuMemory, NvmlUnavailable, open_gpu
+from bench.measure.nvml import GpuConditions, open_gpu
 
 T = TypeVar("T")
 
@@ -37,7 +40,25 @@ CURVE_POINTS = 10_000
 """The curve is thinned to half of its points whenever it has more: a day at 10 ms would be 9 million."""
 
 PATIENCE = 5.0
-"""Seconds that the sampling thread's last call to NVML may take, which hangs where a driver does."""
+"""Seconds that the sampling thread's last question may take, which hangs where a driver does."""
+
+
+class Memory(Protocol):
+    """What a device says of one moment, in bytes; a frozen dataclass, as GpuMemory or HostMemory."""
+
+    @property
+    def used(self) -> int: ...
+    @property
+    def process(self) -> int | None: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+
+class Device(Protocol):
+    """Who is asked. Whatever its methods raise is counted among `Recording.failures`."""
+
+    def memory(self) -> Memory: ...
+    def conditions(self) -> GpuConditions | None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,16 +105,16 @@ class Recording:
     overall: Phase
     phases: dict[str, Phase]
     """In the order of their first marks; REST is last."""
-    first: GpuMemory | None
+    first: Memory | None
     """At the beginning."""
     before: GpuConditions | None
     after: GpuConditions | None
     curve: tuple[tuple[float, int, int | None], ...]
     """Seconds, bytes used, bytes of this process; evenly thinned, so that `Usage.peak` may be higher."""
     notes: dict[str, int]
-    """Each note of GpuMemory that samples had: how many had it."""
+    """Each note of `Memory` that samples had: how many had it."""
     failures: dict[str, int]
-    """Each way in which NVML failed after the beginning: how often."""
+    """Each way in which the device failed after the beginning: how often."""
 
 
 @dataclass(slots=True)
@@ -104,6 +125,12 @@ class _Sum:
     total: int = 0
     peak: int = -1
     peak_at: float = 0.0
+
+    def sample(self, size: int, at: float) -> None:
+        if size > self.peak:
+            self.peak, self.peak_at = size, at
+        self.samples += 1
+        self.total += size
 
     def add(self, other: "_Sum") -> None:
         if other.peak > self.peak:
@@ -132,7 +159,7 @@ class _Stretch:
     def add(self, other: "_Stretch") -> None:
         self.end = other.end
         self.seconds += other.seconds
-        self.stretches += 1
+        self.stretches += other.stretches
         self.used.add(other.used)
         self.process.add(other.process)
 
@@ -144,16 +171,22 @@ class _Stretch:
 
 
 class Recorder(contextlib.ContextDecorator):
-    """Follows one GPU's memory while it is open, as a context or around a decorated function; see the module.
+    """Follows one device's memory while it is open, as a context or around a decorated function; see the module.
 
-    `uuid` is as for `gpu_memory`. Every mark takes a sample; with a period (seconds) a thread takes more between them.
-    Each opening begins a new recording. Raises ValueError for a period that is not above 0.
+    `uuid` is as for `gpu_memory`; `open_device` gives another device than that GPU, for as long as its context lasts.
+    Every mark takes a sample; with a period (seconds) a thread takes more between them. Each opening begins a new
+    recording. Raises ValueError for a period that is not above 0, and for both a uuid and an open_device.
     """
 
-    def __init__(self, uuid: str | None = None, *, period: float | None = 0.01) -> None:
+    def __init__(
+        self, uuid: str | None = None, *, period: float | None = 0.01,
+        open_device: Callable[[], contextlib.AbstractContextManager[Device]] | None = None,
+    ) -> None:
         if period is not None and not period > 0:
             raise ValueError(f"period must be above 0 seconds or None, not {period}")
-        self.uuid = uuid
+        if uuid is not None and open_device is not None:
+            raise ValueError(f"uuid {uuid} names a GPU and open_device another source: give one of them")
+        self.open_device = open_device or partial(open_gpu, uuid)
         self.period = period
         self._run: _Run | None = None
         self._open = False
@@ -162,7 +195,7 @@ class Recorder(contextlib.ContextDecorator):
         """Raises RuntimeError if it is open already, as where a decorated function calls itself."""
         if self._open:
             raise RuntimeError("this Recorder is recording already")
-        self._run = _Run(self.uuid, self.period)
+        self._run = _Run(self.open_device, self.period)
         self._open = True
         return self
 
@@ -170,14 +203,15 @@ class Recorder(contextlib.ContextDecorator):
         self._open = False
         self._run.close()
 
-    def mark(self, name: str) -> None:
+    def mark(self, name: str) -> Phase:
         """Says that what was done since the mark before, or since the beginning, is called `name`.
 
-        A name that comes again adds to its phase. Raises RuntimeError if the recorder is not open.
+        A name that comes again adds to its phase; what is returned is of the stretch that ends here alone. Raises
+        RuntimeError if the recorder is not open.
         """
         if not self._open:
             raise RuntimeError(f'mark("{name}") while nothing is being recorded')
-        self._run.mark(name)
+        return self._run.mark(name)
 
     @property
     def recording(self) -> Recording:
@@ -188,9 +222,11 @@ class Recorder(contextlib.ContextDecorator):
 
 
 class _Run:
-    """One recording in the making, with NVML open and the sampling thread, both until `close`."""
+    """One recording in the making, with the device open and the sampling thread, both until `close`."""
 
-    def __init__(self, uuid: str | None, period: float | None) -> None:
+    def __init__(
+        self, open_device: Callable[[], contextlib.AbstractContextManager[Device]], period: float | None
+    ) -> None:
         self.period = period
         self.started = datetime.now().astimezone().isoformat(timespec="milliseconds")
         self.zero = time.monotonic()
@@ -201,56 +237,58 @@ class _Run:
         self.notes: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self.lock = threading.Lock()
-        self.stop = threading.Event()
-        self.gpu: Gpu | None = None
+        self.running = threading.Lock()  # held until `close`; cheaper to wait for than an Event, which is Python's
+        self.running.acquire()
+        self.device: Device | None = None
         self.unavailable: str | None = None
         self.session = contextlib.ExitStack()
         try:
-            self.gpu = self.session.enter_context(open_gpu(uuid))
-        except NvmlUnavailable as reason:
-            self.unavailable = str(reason)
+            self.device = self.session.enter_context(open_device())
+        except Exception as error:  # noqa: BLE001
+            self.unavailable = reason(error)
         self.before, self.after = self.conditions(), None
         self.first = self.sample()
-        self.thread = threading.Thread(target=self.follow, name="nvml-sampling", daemon=True)
-        if self.gpu is not None and period is not None:
+        self.thread = threading.Thread(target=self.follow, name="memory-sampling", daemon=True)
+        if self.device is not None and period is not None:
             self.try_to(self.thread.start)
 
     def follow(self) -> None:
         """The sampling thread."""
-        while not self.stop.wait(self.period):
+        while not self.running.acquire(timeout=self.period):
             self.sample()
 
-    def mark(self, name: str) -> None:
+    def mark(self, name: str) -> Phase:
         self.sample()
-        self.end_stretch(name)
+        return self.end_stretch(name)
 
     def close(self) -> None:
-        self.stop.set()
+        self.running.release()
         if self.thread.ident is not None:
             self.thread.join(PATIENCE)
         if self.thread.is_alive():
-            # Another call would hang too, and NVML must not be closed under this one.
-            self.failures["NVML did not return from a call"] += 1
+            # Another call would hang too, and the device must not be closed under this one.
+            self.failures["the device did not return from a call"] += 1
         else:
             self.sample()
             self.after = self.conditions()
-            self.session.close()
+            self.try_to(self.session.close)
         self.end_stretch(REST)
 
     def conditions(self) -> GpuConditions | None:
-        return self.try_to(self.gpu.conditions) if self.gpu else None
+        return self.try_to(self.device.conditions) if self.device else None
 
-    def sample(self) -> GpuMemory | None:
+    def sample(self) -> Memory | None:
         """Asks for the memory and adds it to the stretch of now."""
         at = self.now()
-        memory = self.try_to(self.gpu.memory) if self.gpu else None
+        memory = self.try_to(self.device.memory) if self.device else None
         if memory is None:
             return None
         with self.lock:
-            self.current.used.add(_Sum(1, memory.used, memory.used, at))
+            self.current.used.sample(memory.used, at)
             if memory.process is not None:
-                self.current.process.add(_Sum(1, memory.process, memory.process, at))
-            self.notes.update(memory.notes)
+                self.current.process.sample(memory.process, at)
+            for note in memory.notes:
+                self.notes[note] += 1
             if self.taken % self.stride == 0:
                 self.curve.append((at, memory.used, memory.process))
             self.taken += 1
@@ -259,14 +297,17 @@ class _Run:
                 self.stride *= 2
         return memory
 
-    def end_stretch(self, name: str) -> None:
+    def end_stretch(self, name: str) -> Phase:
+        """The stretch that ends, by itself."""
         with self.lock:
             ended = self.current
             ended.end = self.now()
             ended.seconds = ended.end - ended.begin
+            ended.stretches = 1
             self.current = _Stretch(begin=ended.end)
             self.overall.add(ended)
             self.phases.setdefault(name, _Stretch(begin=ended.begin)).add(ended)
+        return ended.phase()
 
     def try_to(self, question: Callable[[], T]) -> T | None:
         """The answer, or None and a failure told: whatever goes wrong in here is no reason to stop the user's work."""
@@ -274,7 +315,7 @@ class _Run:
             return question()
         except Exception as error:  # noqa: BLE001
             with self.lock:
-                self.failures[str(error) or type(error).__name__] += 1
+                self.failures[reason(error)] += 1
             return None
 
     def now(self) -> float:
@@ -295,3 +336,8 @@ class _Run:
                 notes=dict(self.notes),
                 failures=dict(self.failures),
             )
+
+
+def reason(error: Exception) -> str:
+    """In one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -44,8 +44,8 @@ from bench.measure.account import (
 )
 from kernels import runtime
 
-# Operators that a library computes on a GPU, with a workspace of its own.
-LIBRARY_OPERATORS = ("aten.convolution", "aten.convolution_backward")
+# Operators that a library computes on a GPU: one convolution for each 4-D result, with a workspace of its own.
+CONVOLUTIONS = ("aten.convolution", "aten.convolution_backward")
 
 
 class _Storage:
@@ -99,10 +99,8 @@ class _Operators(TorchDispatchMode):
         operator = func._schema.name.replace("::", ".")
         for tensor in _tensors(result):
             tracker._see(tensor, TEMPORARY, operator, _unseen_bytes(func, args, tensor))
-        if operator in LIBRARY_OPERATORS:
-            tensors = [tensor for tensor in _tensors((args, result)) if tensor.device.type == tracker.device.type]
-            nbytes = sum(tensor.nbytes for tensor in tensors)
-            tracker._entries.append(Call(operator, tracker._module(), nbytes))
+            if operator in CONVOLUTIONS and tensor.dim() == 4 and tensor.device.type == tracker.device.type:
+                tracker._entries.append(Call(operator, tracker._module(), _convolved_bytes(args, tensor)))
         return result
 
 
@@ -140,6 +138,18 @@ class _Modules:
 
 def _tensors(tree: object) -> Iterable[torch.Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
+
+
+def _convolved_bytes(args: tuple, result: torch.Tensor) -> int:
+    """Bytes of a convolution's two operands and its result.
+
+    The first arguments are x and w, or dy, x and w, of which a gradient's own counterpart is no operand: its shape is
+    the result's.
+    """
+    tensors = [arg for arg in args[:3] if isinstance(arg, torch.Tensor) and arg.dim() == 4]
+    if len(tensors) == 3:
+        tensors = [tensor for tensor in tensors if tensor.shape != result.shape or tensor is tensors[0]]
+    return result.nbytes + sum(tensor.nbytes for tensor in tensors)
 
 
 def _unseen_bytes(func: torch._ops.OpOverload, args: tuple, result: torch.Tensor) -> int:

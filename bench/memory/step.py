@@ -97,21 +97,20 @@ class Training:
 
 def track(step: Step, device: torch.device | str, *, steps: int = 2) -> Account:
     """The account of really training on `device`; the last of `steps` counts, by which the optimiser has its state."""
-    tracker = Tracker(device)
-    _train(Training(step, device, tracker), tracker, steps)
-    return tracker.account
+    return _account(Tracker(device), steps, lambda tracker: Training(step, device, tracker))
 
 
 def rehearse(step: Step, role: str, *, multiprocessors: int | None = None, steps: int = 2) -> Account:
     """The same on meta tensors in the role of the CPU ("cpu") or of a GPU ("sm_75"), with so many multiprocessors."""
-    tracker = Tracker("meta")
     with in_the_role_of(role, multiprocessors):
-        _train(Training(step, "meta", tracker, role=role), tracker, steps)
-    return tracker.account
+        return _account(Tracker("meta"), steps, lambda tracker: Training(step, "meta", tracker, role=role))
 
 
-def _train(training: Training, tracker: Tracker, steps: int) -> None:
+def _account(tracker: Tracker, steps: int, make: Callable[[Tracker], Training]) -> Account:
+    """From an empty process on, so that it holds the order in which everything was taken."""
     with tracker:
+        training = make(tracker)
         for _ in range(steps):
             tracker.reset_peak()
             training.step()
+    return tracker.account
