@@ -93,10 +93,14 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tracker = self.tracker
+        tracker._settle()
         for tensor in _tensors((args, kwargs)):
             tracker._see(tensor, INPUT)
         result = func(*args, **kwargs)
         operator = func._schema.name.replace("::", ".")
+        if _adds_up_gradients(func, args, result):
+            tracker._see_sum(args[0], result, operator)
+            return result
         for tensor in _tensors(result):
             tracker._see(tensor, TEMPORARY, operator, _unseen_bytes(func, args, tensor))
             if operator in CONVOLUTIONS and tensor.dim() == 4 and tensor.device.type == tracker.device.type:
@@ -140,6 +144,21 @@ def _tensors(tree: object) -> Iterable[torch.Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
 
 
+def _adds_up_gradients(func: torch._ops.OpOverload, args: tuple, result: object) -> bool:
+    """Whether this may be autograd that adds a gradient to an earlier one of the same tensor.
+
+    It does so in place if nobody else holds the earlier one, but never where a dispatch mode looks on.
+    """
+    return (
+        func is torch.ops.aten.add.Tensor
+        and torch._C._current_autograd_node() is not None
+        and not torch.is_grad_enabled()
+        and isinstance(args[1], torch.Tensor)
+        and args[0].shape == result.shape
+        and args[0].dtype == result.dtype
+    )
+
+
 def _convolved_bytes(args: tuple, result: torch.Tensor) -> int:
     """Bytes of a convolution's two operands and its result.
 
@@ -176,6 +195,8 @@ class Tracker:
         self._start = 0
         self._numbers = itertools.count()
         self._live: dict[int, _Storage] = {}
+        self._sum: tuple[_Storage, _Storage] | None = None
+        """An earlier gradient, and the sum with it that takes its place if it is freed at once."""
         self._watched: list[tuple[nn.Module, torch.optim.Optimizer | None]] = []
         self._paths: dict[torch.Tensor, str] = {}
         self._modules = _Modules()
@@ -206,10 +227,12 @@ class Tracker:
 
     def mark(self, phase: str) -> None:
         """Says that what was done since the mark before, or since the beginning, is called `phase`."""
+        self._settle()
         self._entries.append(Mark(phase))
 
     def reset_peak(self, *, forget: bool = False) -> None:
         """Begins the step that counts at what is live now; with `forget` the entries before are dropped."""
+        self._settle()
         if forget:
             self._entries = [record.entered for record in self._live.values() if record.nbytes]
         self._start = len(self._entries)
@@ -217,6 +240,7 @@ class Tracker:
     @property
     def account(self) -> Account:
         """Everything seen so far."""
+        self._settle()
         return Account(tuple(self._entries), self._start)
 
     @property
@@ -292,12 +316,15 @@ class Tracker:
         record = self._live.get(storage._cdata)
         if record is None:
             module = self._module() if operator else OUTSIDE
-            record = _Storage(next(self._numbers), category, module, operator, unseen)
-            self._live[storage._cdata] = record
-            record.reference = weakref.ref(storage, lambda _, key=storage._cdata: self._freed(key))
+            record = self._new(storage, _Storage(next(self._numbers), category, module, operator, unseen))
         elif record.category == WORKSPACE and category == TEMPORARY:
             record.category, record.operator = TEMPORARY, operator
         self._recount(record, storage.nbytes() + record.unseen)
+        return record
+
+    def _new(self, storage: torch.UntypedStorage, record: _Storage) -> _Storage:
+        self._live[storage._cdata] = record
+        record.reference = weakref.ref(storage, lambda _, key=storage._cdata: self._freed(key))
         return record
 
     def _keep(self, tensor: torch.Tensor) -> _Storage | None:
@@ -312,8 +339,34 @@ class Tracker:
             record.saved -= 1
             self._recount(record)
 
+    def _see_sum(self, earlier: torch.Tensor, total: torch.Tensor, operator: str) -> None:
+        """Takes `total` for the storage of `earlier` where that is freed before the next operator."""
+        before = self._see(earlier, INPUT)
+        if before is None:
+            return
+        storage = total.untyped_storage()
+        record = self._new(storage, _Storage(next(self._numbers), TEMPORARY, self._module(), operator, 0))
+        record.nbytes = storage.nbytes()
+        self._sum = (before, record)
+
+    def _settle(self) -> None:
+        """What was not freed at once is still there beside the sum."""
+        if self._sum is not None:
+            _, record = self._sum
+            self._sum = None
+            self._recount(record, record.nbytes)
+
     def _freed(self, key: int) -> None:
-        self._recount(self._live.pop(key), 0)
+        freed = self._live.pop(key)
+        if self._sum is not None and freed is self._sum[0]:
+            record = self._sum[1]
+            self._sum = None
+            record.number, record.entered = freed.number, freed.entered
+            self._recount(record, record.nbytes)
+            return
+        if self._sum is not None and freed is self._sum[1]:
+            self._sum = None
+        self._recount(freed, 0)
 
     def _change(self, record: _Storage) -> Change:
         return Change(record.number, record.nbytes, record.counts_as, record.module, record.operator)
