@@ -45,13 +45,26 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """Here a library convolved, which may have taken a workspace of its own and returned it: nobody saw it."""
+class ConvolutionCall:
+    """Here a library convolved. On a GPU it may have taken a workspace and given it back, which nobody saw."""
 
     operator: str
     module: str
     nbytes: int
-    """Of its tensor arguments and results together."""
+    """Of the two operands and the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReductionCall:
+    """Here values were added up along the outer dimensions; see bench.measure.reduction for what a GPU takes."""
+
+    operator: str
+    module: str
+    results: int
+    terms: int
+    """Of each result."""
+    element: int
+    """Bytes of what is added up in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +74,7 @@ class Mark:
     phase: str
 
 
-Entry = Change | Call | Mark
+Entry = Change | ConvolutionCall | ReductionCall | Mark
 
 
 @dataclass(frozen=True, slots=True)

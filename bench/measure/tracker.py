@@ -19,7 +19,7 @@ Triton's interpreter takes inside one operator and returns, the CUDA context, an
 import contextlib
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -37,14 +37,15 @@ from bench.measure.account import (
     TEMPORARY,
     WORKSPACE,
     Account,
-    Call,
     Change,
+    ConvolutionCall,
     Entry,
     Mark,
+    ReductionCall,
 )
 from kernels import runtime
 
-# Operators that a library computes on a GPU: one convolution for each 4-D result, with a workspace of its own.
+# A library computes them on a GPU, one convolution for each 4-D result, with a workspace of its own.
 CONVOLUTIONS = ("aten.convolution", "aten.convolution_backward")
 
 
@@ -103,8 +104,8 @@ class _Operators(TorchDispatchMode):
             return result
         for tensor in _tensors(result):
             tracker._see(tensor, TEMPORARY, operator, _unseen_bytes(func, args, tensor))
-            if operator in CONVOLUTIONS and tensor.dim() == 4 and tensor.device.type == tracker.device.type:
-                tracker._entries.append(Call(operator, tracker._module(), _convolved_bytes(args, tensor)))
+            if tensor.device.type == tracker.device.type:
+                tracker._entries.extend(_calls(operator, tracker._module(), args, tensor))
         return result
 
 
@@ -157,6 +158,29 @@ def _adds_up_gradients(func: torch._ops.OpOverload, args: tuple, result: object)
         and args[0].shape == result.shape
         and args[0].dtype == result.dtype
     )
+
+
+def _calls(
+    operator: str, module: str, args: tuple, result: torch.Tensor
+) -> Iterator[ConvolutionCall | ReductionCall]:
+    """What a GPU's kernel of this operator may have taken besides."""
+    if operator in CONVOLUTIONS and result.dim() == 4:
+        yield ConvolutionCall(operator, module, _convolved_bytes(args, result))
+    elif operator == "aten.sum" and len(args) > 1 and args[1] and _lie_side_by_side(args[0], args[1]):
+        element = torch.promote_types(result.dtype, torch.float32).itemsize
+        yield ReductionCall(operator, module, result.numel(), args[0].numel() // result.numel(), element)
+
+
+def _lie_side_by_side(tensor: torch.Tensor, dims: Sequence[int]) -> bool:
+    """Whether the sums over `dims` lie as their terms do: a step of one in memory is a step to the next sum."""
+    summed = {dim % tensor.dim() for dim in dims}
+    kept = [dim for dim in range(tensor.dim()) if dim not in summed and tensor.size(dim) > 1]
+    reached = 1
+    for stride, size in sorted((tensor.stride(dim), tensor.size(dim)) for dim in kept):
+        if stride != reached:
+            return False
+        reached *= size
+    return reached > 1
 
 
 def _convolved_bytes(args: tuple, result: torch.Tensor) -> int:
