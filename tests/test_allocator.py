@@ -6,12 +6,14 @@ import random
 import subprocess
 import sys
 import time
+from collections import deque
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_allocator import ReferenceAllocator
 
 from bench.measure.allocator import Block, CachingAllocator, OutOfMemory
 
@@ -97,7 +99,7 @@ def test_small_blocks_are_split_down_to_512_bytes():
 def test_large_blocks_are_split_where_more_than_1_mib_is_left():
     allocator = CachingAllocator()
     exactly, more = allocator.allocate(11 * MIB), allocator.allocate(11 * MIB - 512)
-    assert layout(allocator) == [("large", [12 * MIB]), ("large", [11 * MIB - 512, -MIB - 512])]
+    assert layout(allocator) == [("large", [11 * MIB - 512, -MIB - 512]), ("large", [12 * MIB])]
     assert (exactly.requested, exactly.size, more.size) == (11 * MIB, 12 * MIB, 11 * MIB - 512)
     assert allocator.allocated == 23 * MIB - 512
 
@@ -116,11 +118,11 @@ def test_pools_share_nothing():
     allocator = CachingAllocator()
     allocator.free(allocator.allocate(20 * MIB))
     allocator.allocate(MIB)
-    assert layout(allocator) == [("large", [-20 * MIB]), ("small", [MIB, -MIB])]
+    assert layout(allocator) == [("small", [MIB, -MIB]), ("large", [-20 * MIB])]
     allocator = CachingAllocator()
     allocator.free(allocator.allocate(MIB))
     allocator.allocate(MIB + 1)
-    assert layout(allocator) == [("small", [-2 * MIB]), ("large", [MIB + 512, -(19 * MIB - 512)])]
+    assert layout(allocator) == [("large", [MIB + 512, -(19 * MIB - 512)]), ("small", [-2 * MIB])]
 
 
 def taken_apart(sizes: list[int]) -> tuple[CachingAllocator, list[Block]]:
@@ -178,23 +180,23 @@ def test_a_freed_block_becomes_one_with_the_free_blocks_beside_it(order, left):
 def test_blocks_of_two_segments_stay_apart_though_they_touch():
     allocator = CachingAllocator()
     blocks = [allocator.allocate(10 * MIB) for _ in range(2)]
-    assert blocks[0].address + blocks[0].size == blocks[1].address
+    assert blocks[1].address + blocks[1].size == blocks[0].address
     for block in blocks:
         allocator.free(block)
     assert layout(allocator) == [("large", [-10 * MIB]), ("large", [-10 * MIB])]
 
 
-def test_segments_lie_above_each_other_at_multiples_of_2_mib():
+def test_each_new_segment_lies_below_all_earlier_ones_at_a_multiple_of_2_mib():
     allocator = CachingAllocator()
-    allocator.free(allocator.allocate(11 * MIB))
-    allocator.allocate(1)
+    blocks = [allocator.allocate(nbytes) for nbytes in (1, 11 * MIB)]
+    allocator.free(blocks[1])
     allocator.release()
-    allocator.allocate(1 * MIB + 1)
-    allocator.allocate(13 * MIB)
-    segments = allocator.segments
-    assert all(segment.address % (2 * MIB) == 0 for segment in segments)
-    assert [one.address for one in segments] == sorted(one.address for one in segments)
-    assert all(one.address + one.size <= two.address for one, two in pairwise(segments))
+    blocks += [allocator.allocate(nbytes) for nbytes in (13 * MIB, MIB + 1)]
+    kept, released, *later = made = [block.segment for block in blocks]
+    assert all(segment.address % (2 * MIB) == 0 for segment in made)
+    assert all(new.address + new.size <= old.address for old, new in pairwise(made))
+    assert released not in allocator.segments
+    assert allocator.segments == [*reversed(later), kept]
 
 
 def test_freed_memory_stays_reserved_until_it_is_released():
@@ -234,7 +236,7 @@ def test_a_capacity_is_of_segments_and_may_be_filled():
     allocator = CachingAllocator(capacity=22 * MIB)
     for nbytes in (1, 3 * MIB, 17 * MIB, MIB):
         allocator.allocate(nbytes)
-    assert layout(allocator) == [("small", [512, MIB, -(MIB - 512)]), ("large", [3 * MIB, 17 * MIB])]
+    assert layout(allocator) == [("large", [3 * MIB, 17 * MIB]), ("small", [512, MIB, -(MIB - 512)])]
     with pytest.raises(OutOfMemory, match=f"{2 * MIB} bytes .* {22 * MIB} bytes {22 * MIB} are reserved"):
         allocator.allocate(MIB)
     assert figures(allocator) == (21 * MIB + 1, 21 * MIB + 512, 22 * MIB)
@@ -245,7 +247,7 @@ def test_a_segment_that_just_fits_releases_nothing():
     allocator = CachingAllocator(capacity=22 * MIB)
     allocator.free(allocator.allocate(1))
     allocator.allocate(20 * MIB)
-    assert layout(allocator) == [("small", [-2 * MIB]), ("large", [20 * MIB])]
+    assert layout(allocator) == [("large", [20 * MIB]), ("small", [-2 * MIB])]
 
 
 def test_where_the_capacity_does_not_suffice_free_segments_go_first_all_of_them():
@@ -255,7 +257,7 @@ def test_where_the_capacity_does_not_suffice_free_segments_go_first_all_of_them(
         allocator.free(block)
     assert allocator.reserved == 64 * MIB
     allocator.allocate(24 * MIB)
-    assert layout(allocator) == [("large", [2 * MIB, -18 * MIB]), ("large", [24 * MIB])]
+    assert layout(allocator) == [("large", [24 * MIB]), ("large", [2 * MIB, -18 * MIB])]
     assert allocator.peak_reserved == 64 * MIB
     allocator.free(kept)
     assert figures(allocator) == (24 * MIB, 24 * MIB, 44 * MIB)
@@ -291,65 +293,6 @@ def test_segments_are_heard_of_as_they_come_and_go():
     ]
 
 
-class Reference:
-    """The same rules by looking at every block each time. A block is [segment, offset, size, requested or None]."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.segments: dict[int, tuple[bool, int]] = {}
-        self.blocks: list[list] = []
-        self.made = 0
-
-    def allocate(self, nbytes: int) -> list:
-        size = (nbytes + 511) // 512 * 512
-        small = size <= MIB
-        fits = [b for b in self.blocks if b[3] is None and self.segments[b[0]][0] == small and b[2] >= size]
-        block = min(fits, key=lambda b: (b[2], b[0], b[1])) if fits else self.new(size, small)
-        if block[2] - size >= (512 if small else MIB + 512):
-            self.blocks.append([block[0], block[1] + size, block[2] - size, None])
-            block[2] = size
-        block[3] = nbytes
-        return block
-
-    def new(self, size: int, small: bool) -> list:
-        total = 2 * MIB if small else 20 * MIB if size < 10 * MIB else (size + 2 * MIB - 1) // (2 * MIB) * 2 * MIB
-        if self.reserved() + total > self.capacity:
-            self.release()
-        if self.reserved() + total > self.capacity:
-            raise OutOfMemory
-        self.made += 1
-        self.segments[self.made] = (small, total)
-        self.blocks.append([self.made, 0, total, None])
-        return self.blocks[-1]
-
-    def free(self, block: list) -> None:
-        block[3] = None
-        self.blocks.sort()
-        merged = [self.blocks[0]]
-        for b in self.blocks[1:]:
-            last = merged[-1]
-            if last[3] is b[3] is None and last[0] == b[0]:
-                last[2] += b[2]
-            else:
-                merged.append(b)
-        self.blocks = merged
-
-    def release(self) -> None:
-        whole = {b[0] for b in self.blocks if b[3] is None and b[2] == self.segments[b[0]][1]}
-        self.blocks = [b for b in self.blocks if b[0] not in whole]
-        self.segments = {number: s for number, s in self.segments.items() if number not in whole}
-
-    def reserved(self) -> int:
-        return sum(total for _, total in self.segments.values())
-
-    def layout(self) -> list[tuple[str, list[int]]]:
-        return [
-            ("small" if small else "large",
-             [b[2] if b[3] is not None else -b[2] for b in sorted(self.blocks, key=lambda b: b[:2]) if b[0] == number])
-            for number, (small, _) in self.segments.items()
-        ]  # fmt: skip
-
-
 SIZES = st.one_of(
     st.integers(1, 4 * KIB),
     st.integers(1, 2 * MIB),
@@ -370,7 +313,7 @@ STEPS = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(steps=STEPS, capacity=st.sampled_from([40 * MIB, 100 * MIB, 10**12]))
 def test_any_sequence_agrees_with_a_search_through_all_blocks(steps, capacity):
-    allocator, reference = CachingAllocator(capacity), Reference(capacity)
+    allocator, reference = CachingAllocator(capacity), ReferenceAllocator(capacity)
     live: list[tuple[Block, list]] = []
     highest = (0, 0, 0)
     for step, number in steps:
@@ -423,9 +366,9 @@ def random_steps(count: int, seed: int, largest: int) -> list[int]:
     return steps
 
 
-def replay(steps: list[int]) -> list[tuple[int, ...]]:
+def replay(steps: list[int], allocator: CachingAllocator) -> list[tuple[int, ...]]:
     """The figures after each step, and the highest reserved so far."""
-    allocator, live, seen = CachingAllocator(), [], []
+    live, seen = [], []
     for step in steps:
         if step >= 0:
             live.append(allocator.allocate(step))
@@ -437,9 +380,9 @@ def replay(steps: list[int]) -> list[tuple[int, ...]]:
 
 def test_ten_thousand_events_take_no_time():
     steps = random_steps(10_000, seed=0, largest=28)
-    replay(steps)
+    replay(steps, CachingAllocator())
     start = time.process_time()
-    replay(steps)
+    replay(steps, CachingAllocator())
     assert time.process_time() - start < 0.5  # 0.02 s measured; a search through every block takes seconds
 
 
@@ -447,17 +390,31 @@ ON_THE_GPU = """
 import json, sys
 import torch
 
+torch.cuda.memory._record_memory_history(context=None, stacks="python")
 live, seen = [], []
 for step in json.load(sys.stdin):
     if step >= 0:
-        live.append(torch.empty(step, dtype=torch.uint8, device="cuda"))
+        live.append(torch.empty(step, dtype=torch.uint8, device="cuda:0"))
     else:
         del live[-1 - step]
     requested = torch.cuda.memory_stats()["requested_bytes.all.current"]
     used = torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), torch.cuda.max_memory_reserved()
     seen.append((requested, *used))
-print(json.dumps(seen))
+events = torch.cuda.memory._snapshot()["device_traces"][0]
+segments = [event["addr"] for event in events if event["action"] == "segment_alloc"]
+print(json.dumps({"seen": seen, "segments": segments}))
 """
+
+
+class AsRecorded(CachingAllocator):
+    """Puts each new segment where the device did: which of two equal blocks is taken depends on it."""
+
+    def __init__(self, addresses: list[int]) -> None:
+        super().__init__()
+        self.addresses = deque(addresses)
+
+    def _place(self, total: int) -> int:
+        return self.addresses.popleft()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -470,4 +427,7 @@ def test_a_gpu_has_the_same_figures_after_each_step(seed):
         [sys.executable, "-c", ON_THE_GPU], input=json.dumps(steps), env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert [tuple(seen) for seen in json.loads(run.stdout)] == replay(steps)
+    recorded = json.loads(run.stdout)
+    allocator = AsRecorded(recorded["segments"])
+    assert replay(steps, allocator) == [tuple(seen) for seen in recorded["seen"]]
+    assert not allocator.addresses

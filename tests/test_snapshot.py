@@ -42,17 +42,17 @@ def names(entry: dict) -> tuple[str, ...]:
 
 def test_events_are_those_of_the_allocator_in_its_order(step):
     assert actions(step) == [
-        ("segment_alloc", 0, 2 * MIB),
-        ("alloc", 0, 1000),
-        ("segment_alloc", 2 * MIB, 12 * MIB),
-        ("alloc", 2 * MIB, 12 * MIB),
-        ("segment_alloc", 14 * MIB, 20 * MIB),
-        ("alloc", 14 * MIB, 3 * MIB),
-        ("free_requested", 2 * MIB, 12 * MIB),
-        ("free_completed", 2 * MIB, 12 * MIB),
-        ("alloc", 2 * MIB, 5 * MIB),
-        ("free_requested", 14 * MIB, 3 * MIB),
-        ("free_completed", 14 * MIB, 3 * MIB),
+        ("segment_alloc", 32 * MIB, 2 * MIB),
+        ("alloc", 32 * MIB, 1000),
+        ("segment_alloc", 20 * MIB, 12 * MIB),
+        ("alloc", 20 * MIB, 12 * MIB),
+        ("segment_alloc", 0, 20 * MIB),
+        ("alloc", 0, 3 * MIB),
+        ("free_requested", 20 * MIB, 12 * MIB),
+        ("free_completed", 20 * MIB, 12 * MIB),
+        ("alloc", 20 * MIB, 5 * MIB),
+        ("free_requested", 0, 3 * MIB),
+        ("free_completed", 0, 3 * MIB),
     ]
     assert [event["time_us"] for event in step["device_traces"][0]] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 5]
 
@@ -69,10 +69,10 @@ def test_segments_are_what_is_left(step):
         )
         for segment in step["segments"]
     ] == [
-        ("small", 2 * MIB, 1024, 1024, 1000, [(1024, 1000, "active_allocated"), (2 * MIB - 1024, 0, "inactive")]),
+        ("large", 20 * MIB, 0, 0, 0, [(20 * MIB, 0, "inactive")]),
         ("large", 12 * MIB, 5 * MIB, 5 * MIB, 5 * MIB,
          [(5 * MIB, 5 * MIB, "active_allocated"), (7 * MIB, 0, "inactive")]),
-        ("large", 20 * MIB, 0, 0, 0, [(20 * MIB, 0, "inactive")]),
+        ("small", 2 * MIB, 1024, 1024, 1000, [(1024, 1000, "active_allocated"), (2 * MIB - 1024, 0, "inactive")]),
     ]  # fmt: skip
     for segment in step["segments"]:
         ends = [block["address"] + block["size"] for block in segment["blocks"]]
@@ -85,9 +85,9 @@ def test_labels_arrive_at_events_segments_and_blocks(step):
     events = {(event["action"], event["size"]): names(event) for event in step["device_traces"][0]}
     assert events["segment_alloc", 12 * MIB] == events["alloc", 12 * MIB] == COLUMNS
     assert events["free_requested", 12 * MIB] == events["free_completed", 12 * MIB] == COLUMNS
-    assert [names(segment) for segment in step["segments"]] == [WEIGHT, COLUMNS, relu]
+    assert [names(segment) for segment in step["segments"]] == [relu, COLUMNS, WEIGHT]
     blocks = [block for segment in step["segments"] for block in segment["blocks"]]
-    assert [names(block) for block in blocks if block["state"] == "active_allocated"] == [WEIGHT, conv2]
+    assert [names(block) for block in blocks if block["state"] == "active_allocated"] == [conv2, WEIGHT]
     assert [block["frames"] for block in blocks if block["state"] == "inactive"] == [[], [], []]
 
 
@@ -135,9 +135,9 @@ def test_with_a_capacity_free_segments_go_back_to_the_device():
     changes = [Change(1, 12 * MIB, ("a",)), Change(1, 0), Change(2, 14 * MIB, ("b",))]
     result = snapshot(changes, title="", capacity=24 * MIB)
     assert actions(result)[-3:] == [
-        ("segment_free", 0, 12 * MIB),
-        ("segment_alloc", 12 * MIB, 14 * MIB),
-        ("alloc", 12 * MIB, 14 * MIB),
+        ("segment_free", 14 * MIB, 12 * MIB),
+        ("segment_alloc", 0, 14 * MIB),
+        ("alloc", 0, 14 * MIB),
     ]
     assert [segment["total_size"] for segment in result["segments"]] == [14 * MIB]
     with pytest.raises(OutOfMemory):
@@ -167,11 +167,11 @@ def test_pytorch_trace_names_every_event(step):
     assert lines == [
         "Device 0 ----------------",
         "11 entries",
-        f"a = cudaMalloc({step['segments'][0]['address']}, 2.0MiB)",
+        f"a = cudaMalloc({step['segments'][2]['address']}, 2.0MiB)",
         "b = a[0:1000.0B]",
         f"c = cudaMalloc({step['segments'][1]['address']}, 12.0MiB)",
         "d = c[0:12.0MiB]",
-        f"e = cudaMalloc({step['segments'][2]['address']}, 20.0MiB)",
+        f"e = cudaMalloc({step['segments'][0]['address']}, 20.0MiB)",
         "f = e[0:3.0MiB]",
         "del d # 12.0MiB",
         "# free completed for d 12.0MiB",

@@ -84,8 +84,7 @@ ASSUMPTIONS = {
     "cublas": "cuBLAS' workspace, once for each thread that multiplies matrices: 8.1 MiB, from Hopper on 32 MiB; "
     "1 MiB for products with a bias",
     "cudnn": "cuDNN's workspace of one convolution: nothing, or as much as its operands and result together, or up to "
-    f"a third more; what it chooses decides what fits where afterwards, so of {DRAWS} random mixtures, none and all the "
-    "range is lowest and highest",
+    f"a third more; it decides what fits where afterwards, so the range is that over {DRAWS} random mixtures of these",
 }
 
 

@@ -164,7 +164,7 @@ def explanations(report: dict) -> list[Text]:
         ours, theirs = told["conv"], told["reference"]
         if told["nbytes"] == 0 and not told["items"]:
             text.append(f"\n{ours} against {theirs}: ", style="bold")
-            text.append("the same bytes at the same moment; no unfolded matrix exists.")
+            text.append("the same bytes at the same moment.")
             texts.append(text)
             continue
         more = "more" if told["nbytes"] >= 0 else "less"

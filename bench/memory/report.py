@@ -11,7 +11,7 @@ from bench.measure.account import Account
 from bench.measure.nvml import GpuMemory
 from bench.measure.predict import ASSUMPTIONS, GpuKind, Prediction
 from bench.memory.step import NUM_CLASSES, Step
-from bench.memory.words import describe, difference, gap_to, peak_place
+from bench.memory.words import describe, difference, gap_to, peak_place, unfolding_modules
 from train import writeup
 
 PREDICTED = "predicted: accounted on meta tensors, then replayed through a model of PyTorch's allocator"
@@ -45,23 +45,24 @@ def make_report(
         "recipe": "writeup",
         "label": PREDICTED,
         "gpu": dataclasses.asdict(gpu),
-        "convolutions": {conv: entry(conv, result, reference) for conv, result in results.items()},
+        "convolutions": {conv: entry(result, reference) for conv, result in results.items()},
         "differences": [
             dataclasses.asdict(difference(conv, result.account, "torch", reference.account))
             for conv, result in results.items()
             if reference and conv != "torch"
         ],
-        "assumptions": ASSUMPTIONS,
+        "assumptions": {name: text for name, text in ASSUMPTIONS.items() if name != "cudnn" or reference},
         "measured_on": found.name if found else None,
         "not_measured_because": reason,
         "conditions": conditions(torch.device("cuda", 0) if found else torch.device("cpu")),
     }
 
 
-def entry(conv: str, result: Result, reference: Result | None) -> dict[str, Any]:
+def entry(result: Result, reference: Result | None) -> dict[str, Any]:
     """One convolution's part of the report."""
     peak = result.account.peak
     theirs = writeup_mib(result.step)
+    unfolding = unfolding_modules(result.account)
     return {
         "peak": peak.nbytes,
         "at_peak": peak.by_category(),
@@ -74,7 +75,7 @@ def entry(conv: str, result: Result, reference: Result | None) -> dict[str, Any]
         "live_at_peak": [
             {
                 "category": storage.category, "module": storage.module, "operator": storage.operator,
-                "nbytes": storage.nbytes, "what": describe(conv, storage),
+                "nbytes": storage.nbytes, "what": describe(storage, unfolding),
             }
             for storage in sorted(peak.live, key=lambda storage: -storage.nbytes)
         ],
@@ -82,7 +83,7 @@ def entry(conv: str, result: Result, reference: Result | None) -> dict[str, Any]
         "largest_batch": result.largest_batch,
         "measured": result.measured,
         "writeup_nvidia_smi_mib": theirs,
-        "gap_to_writeup": gap_to(theirs, result.prediction.reserved.low) if theirs else None,
+        "gap_to_writeup": gap_to(theirs, result.prediction.reserved) if theirs else None,
     }
 
 

@@ -3,8 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from bench.measure.account import OUTSIDE, Account, Change, Moment
-from bench.measure.predict import EAGER_CONTEXT, LAZY_CONTEXT, MIB
+from bench.measure.account import OUTSIDE, TEMPORARY, Account, Change
+from bench.measure.predict import EAGER_CONTEXT, LAZY_CONTEXT, MIB, Range
 
 # What operators of the unfolding convolution leave behind, which nn.Conv2d does not have.
 OF_UNFOLDING = {
@@ -33,9 +33,14 @@ class Difference:
     """Bytes that `conv` has more (or less) at its peak than `reference` at its own, and what they are; they add up."""
 
 
-def describe(conv: str, storage: Change) -> str:
-    """What a storage is: by the operator that made it, in words where it is known."""
-    if conv == "unfold" and storage.operator in OF_UNFOLDING and storage.category == "temporaries":
+def unfolding_modules(account: Account) -> set[str]:
+    """Those whose convolution unfolds its input."""
+    return {entry.module for entry in account.entries if isinstance(entry, Change) and entry.operator == "aten.im2col"}
+
+
+def describe(storage: Change, unfolding: set[str]) -> str:
+    """What a storage is: for what an unfolding convolution leaves behind in words, else its category."""
+    if storage.module in unfolding and storage.operator in OF_UNFOLDING and storage.category == TEMPORARY:
         return f"{OF_UNFOLDING[storage.operator]} ({storage.operator}, {storage.module})"
     return storage.category
 
@@ -50,7 +55,7 @@ def peak_place(account: Account) -> str:
 
 def difference(conv: str, account: Account, reference: str, other: Account) -> Difference:
     """Between the peaks of two accounts of the same step."""
-    ours, theirs = _by_description(conv, account.peak), _by_description(reference, other.peak)
+    ours, theirs = _by_description(account), _by_description(other)
     items = {what: ours[what] - theirs[what] for what in {**ours, **theirs} if ours[what] != theirs[what]}
     limit = WORTH_TELLING * max(account.peak.nbytes, other.peak.nbytes)
     told = [(nbytes, what) for what, nbytes in sorted(items.items(), key=lambda item: -item[1]) if abs(nbytes) >= limit]
@@ -65,29 +70,33 @@ def difference(conv: str, account: Account, reference: str, other: Account) -> D
     )
 
 
-def _by_description(conv: str, peak: Moment) -> Counter[str]:
+def _by_description(account: Account) -> Counter[str]:
     sums: Counter[str] = Counter()
-    for storage in peak.live:
-        sums[describe(conv, storage)] += storage.nbytes
+    unfolding = unfolding_modules(account)
+    for storage in account.peak.live:
+        sums[describe(storage, unfolding)] += storage.nbytes
     return sums
 
 
-def gap_to(theirs: int, reserved: int) -> str:
-    """What would have to lie outside of the allocator for `theirs` (MiB), where it reserves that many bytes."""
-    rest = theirs * MIB - reserved
-    shown = f"{theirs:,} - {reserved / MIB:,.0f} reserved by the allocator (predicted) = {rest / MIB:,.0f} MiB"
-    if rest < 0:
-        return f"{shown}: less than the network built here reserves, so it was another one or another step"
-    for context, kind in (
-        (LAZY_CONTEXT, "whose kernels load when first used"),
-        (EAGER_CONTEXT, "with all kernels loaded"),
-    ):
-        if context.low <= rest <= context.high:
-            return f"{shown}, about what is assumed of a CUDA context {kind} ({in_mib(context.low, context.high)})"
-    if rest > EAGER_CONTEXT.high:
-        more = rest - EAGER_CONTEXT.high
-        return f"{shown}: {more / MIB:,.0f} more than is assumed of any CUDA context, which nothing here explains"
-    return f"{shown}: less than is assumed of any CUDA context"
+def gap_to(theirs: int, reserved: Range) -> str:
+    """What must lie outside of the allocator for `theirs` (MiB), and whether a CUDA context may be that large."""
+    left = Range(theirs * MIB - reserved.high, theirs * MIB - reserved.low)
+    less = f"{theirs:,} less {in_mib(reserved.low, reserved.high)} reserved by the allocator (predicted)"
+    if left.high < 0:
+        return f"{less} leaves nothing: the network or the step built here is larger than theirs was"
+    shown = f"{less} leaves {in_mib(max(0, left.low), left.high)}"
+    if left.low > EAGER_CONTEXT.high:
+        more = (left.low - EAGER_CONTEXT.high) / MIB
+        return f"{shown}: {more:,.0f} more than is assumed of any CUDA context, which nothing here explains"
+    kinds = [
+        f"{kind} ({in_mib(context.low, context.high)})"
+        for context, kind in (
+            (LAZY_CONTEXT, "a context whose kernels load when first used"),
+            (EAGER_CONTEXT, "one with all kernels loaded"),
+        )
+        if left.low <= context.high and left.high >= context.low
+    ]
+    return f"{shown}, as {' or '.join(kinds) or 'no context'} would take"
 
 
 def in_mib(low: int, high: int) -> str:
