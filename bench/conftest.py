@@ -7,8 +7,9 @@ and Triton's kernels run in its interpreter: such rows are labelled, and say not
 import io
 import math
 import shutil
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.5, 5, 200
 
 ROWS = pytest.StashKey[list[Row]]()
 FEEDING = pytest.StashKey[dict[str, float]]()
-ATTACKING = pytest.StashKey[dict[str, tuple]]()
+PAIRED = pytest.StashKey[dict[str, dict[str, tuple]]]()
+PAIRED_ROUNDS = 7
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
-    config.stash[FEEDING], config.stash[ATTACKING] = {}, {}
+    config.stash[FEEDING], config.stash[PAIRED] = {}, {}
     if device_of(config).type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--bench-device cuda: PyTorch sees no GPU here")
     # pytest-benchmark's own tables in 80 columns, unless other columns or names were asked for.
@@ -115,9 +117,33 @@ def feeding(request: pytest.FixtureRequest) -> dict[str, float]:
 
 
 @pytest.fixture
-def attacking(request: pytest.FixtureRequest) -> dict[str, tuple]:
-    """What bench/test_attacks.py found: (the first contender, seconds and ratios of each, conditions) by row."""
-    return request.config.stash[ATTACKING]
+def side_by_side(benchmark, request, device, where) -> Callable[..., None]:
+    """side_by_side(section, what, {"ours": call, ...}, ...) times the calls in turn; the first is what is measured.
+
+    Ratios are medians over the rounds, told under `section` at the end.
+    """
+
+    def run(section: str, what: str, calls: Mapping[str, Callable[[], object]], **facts: object) -> None:
+        names = list(calls)
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for number in range(PAIRED_ROUNDS + 1):
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                start = time.perf_counter()
+                calls[name]()
+                synchronise(device)
+                if number:  # the first round warms up
+                    times[name].append(time.perf_counter() - start)
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(times[names[0]], times[name], strict=True))
+            for name in names[1:]
+        }
+        seconds = {name: statistics.median(values) for name, values in times.items()}
+        request.config.stash[PAIRED].setdefault(section, {})[what] = (names[0], seconds, ratios, facts)
+        benchmark.group = section
+        benchmark.extra_info.update(where, dtype="float32", n=PAIRED_ROUNDS, seconds=seconds, ratios=ratios, **facts)
+        benchmark.pedantic(calls[names[0]], rounds=1)
+
+    return run
 
 
 @pytest.fixture
@@ -180,7 +206,8 @@ def synchronise(device: torch.device) -> None:
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables: what is read first is what stands last
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     tell_feeding(terminalreporter, config.stash[FEEDING])
-    tell_attacking(terminalreporter, config.stash[ATTACKING], device_of(config))
+    for section, paired in config.stash[PAIRED].items():
+        tell_paired(terminalreporter, section, paired, device_of(config))
     rows = config.stash[ROWS]
     if not rows:
         return
@@ -215,11 +242,11 @@ def tell_feeding(terminalreporter: pytest.TerminalReporter, feeding: dict[str, f
         terminalreporter.write_line(f"wait for data: {share:.1f}% of SimpleNet's steps (native, batch 64, 2 threads)")
 
 
-def tell_attacking(terminalreporter: pytest.TerminalReporter, rows: dict[str, tuple], device: torch.device) -> None:
-    """Milliseconds and paired ratios, where bench/test_attacks.py ran."""
-    if not rows:
-        return
-    terminalreporter.write_sep("=", f"attacks on SimpleNet, {device_name(device)}")
+def tell_paired(
+    terminalreporter: pytest.TerminalReporter, section: str, rows: dict[str, tuple], device: torch.device
+) -> None:
+    """Milliseconds and ratios of what `side_by_side` timed."""
+    terminalreporter.write_sep("=", f"{section}, {device_name(device)}")
     for what, (first, seconds, ratios, facts) in rows.items():
         backend = backend_of(facts["conv"], device)
         shape = "x".join(map(str, facts["x_shape"]))

@@ -1,12 +1,8 @@
 """Ten steps of projected gradients beside foolbox and the rule written plainly; frozen weights; the shared sweep.
 
 Native convolutions compute what is compared with others, so that the attacks' own arithmetic shows. All contenders of
-a row give the same images. They are timed in turn, and the ratios are medians over the rounds.
+a row give the same images.
 """
-
-import statistics
-import time
-from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -16,37 +12,9 @@ from torch.nn.functional import cross_entropy
 import models
 from attacks import Swept, pgd, sweep
 from attacks.sweep import WRITEUP
-from bench.conftest import synchronise
 
 STEP, EPSILON, STEPS = 0.01, 0.1, 10
-ROUNDS = 7
-
-
-@pytest.fixture
-def side_by_side(benchmark, request, device, where, attacking) -> Callable[..., None]:
-    """side_by_side(what, {"ours": call, ...}, shape=...) times the calls in turn; the first one is what is measured."""
-
-    def run(what: str, calls: Mapping[str, Callable[[], object]], **facts: object) -> None:
-        names = list(calls)
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for number in range(ROUNDS + 1):
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                start = time.perf_counter()
-                calls[name]()
-                synchronise(device)
-                if number:  # the first round warms up
-                    times[name].append(time.perf_counter() - start)
-        ratios = {
-            name: statistics.median(a / b for a, b in zip(times[names[0]], times[name], strict=True))
-            for name in names[1:]
-        }
-        seconds = {name: statistics.median(values) for name, values in times.items()}
-        attacking[what] = (names[0], seconds, ratios, facts)
-        benchmark.group = "attacks"
-        benchmark.extra_info.update(where, dtype="float32", n=ROUNDS, seconds=seconds, ratios=ratios, **facts)
-        benchmark.pedantic(calls[names[0]], rounds=1)
-
-    return run
+SECTION = "attacks on SimpleNet"
 
 
 def network(conv: str, pixels: int, device: torch.device) -> nn.Module:
@@ -89,7 +57,7 @@ def test_pgd_beside_others(side_by_side, device):
     result = ours(model, x, y)
     assert all((call() - result).abs().max() <= 2 * STEP for call in calls.values())
     assert torch.equal(calls["foolbox"](), result)
-    side_by_side("10 steps, native", calls, conv="torch", x_shape=tuple(x.shape))
+    side_by_side(SECTION, "10 steps, native", calls, conv="torch", x_shape=tuple(x.shape))
 
 
 @pytest.mark.parametrize("written", ["unfold", "triton"])
@@ -97,7 +65,7 @@ def test_frozen_weights(written, side_by_side, device):
     """The plain rule leaves weights asking for gradients, and an operator may compute them for nothing."""
     model, (x, y) = network(written, 32, device), pictures(8, 32, device)
     calls = {"frozen": lambda: ours(model, x, y), "not frozen": lambda: plain_rule(model, x, y)}
-    side_by_side(f"10 steps, {written}", calls, conv=written, x_shape=tuple(x.shape))
+    side_by_side(SECTION, f"10 steps, {written}", calls, conv=written, x_shape=tuple(x.shape))
 
 
 def test_shared_sweep(side_by_side, device):
@@ -110,4 +78,4 @@ def test_shared_sweep(side_by_side, device):
     calls = {"shared": lambda: sweep(model, x, "most_likely", y), "one by one": one_by_one}
     for one, other in zip(*(call() for call in calls.values()), strict=True):
         assert torch.equal(one.logits, other.logits)
-    side_by_side("sweep of 6 settings", calls, conv="torch", x_shape=tuple(x.shape))
+    side_by_side(SECTION, "sweep of 6 settings", calls, conv="torch", x_shape=tuple(x.shape))

@@ -151,6 +151,15 @@ def test_of_equal_blocks_the_one_of_the_lowest_address_is_taken():
     assert [allocator.allocate(2 * KIB).address for _ in blocks] == addresses
 
 
+def test_of_equal_blocks_in_several_segments_the_one_of_the_lowest_address_is_taken():
+    allocator = CachingAllocator()
+    blocks = [allocator.allocate(20 * MIB) for _ in range(3)]
+    addresses = sorted(block.address for block in blocks)
+    for block in blocks:
+        allocator.free(block)
+    assert [allocator.allocate(20 * MIB).address for _ in blocks] == addresses
+
+
 def test_a_block_is_taken_before_a_segment():
     allocator = CachingAllocator()
     allocator.free(allocator.allocate(100 * MIB))

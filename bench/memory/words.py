@@ -92,7 +92,7 @@ def gap_to(theirs: int, reserved: Range) -> str:
         f"{kind} ({in_mib(context.low, context.high)})"
         for context, kind in (
             (LAZY_CONTEXT, "a context whose kernels load when first used"),
-            (EAGER_CONTEXT, "one with all kernels loaded"),
+            (EAGER_CONTEXT, "a context with all kernels loaded"),
         )
         if left.low <= context.high and left.high >= context.low
     ]
