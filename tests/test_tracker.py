@@ -1,10 +1,16 @@
 """The accountant against storages that can be counted by hand."""
 
+from collections import Counter, OrderedDict
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from bench.measure import tracker as accounts
+import models
+from bench.measure import account as accounts
+from bench.measure.account import OUTSIDE, Change, ConvolutionCall, Mark, ReductionCall
 from bench.measure.tracker import Tracker
 from kernels import conv2d, runtime
 
@@ -173,3 +179,311 @@ def test_fold_keeps_a_storage_as_large_as_its_argument(device):
         assert tracker.by_category[accounts.TEMPORARY] == 9 * KIB
         del x
         assert tracker.by_category[accounts.TEMPORARY] == 0
+
+
+class Block(nn.Module):
+    """tanh(2 * linear(tanh(x))): a module used twice, a nested one, and code of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(64, 64, bias=False))
+        self.act = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.inner(self.act(x)) * 2)
+
+
+FORWARD = [
+    ("block.act", "aten.tanh"), ("block.inner.0", "aten.mm"), ("block", "aten.mul"), ("block.act", "aten.tanh"),
+]  # fmt: skip
+BACKWARD = [
+    ("block.act", "aten.tanh_backward"), ("block", "aten.mul"),
+    ("block.inner.0", "aten.mm"), ("block.inner.0", "aten.mm"),
+    ("block.act", "aten.tanh_backward"),
+]  # fmt: skip
+
+
+def net(block: nn.Module, device: str) -> nn.Module:
+    return nn.Sequential(OrderedDict(block=block)).to(device)
+
+
+def made(tracker: Tracker) -> list[tuple[str, str]]:
+    """(module, operator) of each storage that an operator made, in order."""
+    first = {}
+    for entry in tracker.account.entries:
+        if isinstance(entry, Change) and entry.operator:
+            first.setdefault(entry.storage, (entry.module, entry.operator))
+    return list(first.values())
+
+
+def test_each_storage_is_the_innermost_modules_that_made_it(device):
+    model = net(Block(), device)
+    x = torch.zeros(2, 64, device=device, requires_grad=True)
+    tracker = Tracker(device)
+    tracker.watch(model)
+    with tracker:
+        y = model(x)
+        assert made(tracker) == FORWARD
+        loss = y.sum() * 3
+        tracker.reset_peak(forget=True)
+        loss.backward(torch.ones_like(loss))
+    backward = made(tracker)[-len(BACKWARD) - 1 :]
+    assert backward == [(OUTSIDE, "aten.mul"), *BACKWARD]
+    assert ("block.inner.0", accounts.GRADIENTS) in tracker.account.moment(10**9).split("module", "category")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+def test_a_checkpointed_module_makes_its_activations_twice(device, use_reentrant):
+    model = net(Block(), device)
+    x = torch.zeros(2, 64, device=device, requires_grad=True)
+    tracker = Tracker(device)
+    tracker.watch(model)
+    with tracker:
+        y = checkpoint(model, x, use_reentrant=use_reentrant)
+        assert made(tracker) == FORWARD
+        assert tracker.now == 16 * KIB + x.nbytes + y.nbytes
+        y.backward(torch.ones_like(y))
+        z = x * 2
+    ones = (OUTSIDE, "aten.ones_like")
+    assert Counter(made(tracker)) == Counter([*FORWARD, ones, *FORWARD, *BACKWARD, (OUTSIDE, "aten.mul")])
+    assert made(tracker)[-1] == (OUTSIDE, "aten.mul")
+    del z
+
+
+def test_what_belongs_to_a_parameter_is_its_modules_wherever_it_is_used(device):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.other = nn.Linear(64, 64, bias=False), Other()
+            self.scale = nn.Parameter(torch.ones(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(x, self.first.weight) * self.scale
+
+    class Other(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return F.linear(x, w)
+
+    model = Tied().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    tracker = Tracker(device)
+    tracker.watch(model, optimizer)
+    with tracker:
+        model(torch.zeros(2, 64, device=device)).sum().backward()
+        optimizer.step()
+    live = tracker.account.moment(len(tracker.account.entries)).split("category", "module")
+    assert live == {
+        (category, module): nbytes
+        for category in (accounts.PARAMETERS, accounts.GRADIENTS, accounts.OPTIMIZER)
+        for module, nbytes in (("first", 16 * KIB), (OUTSIDE, 256))
+    }
+
+
+def test_a_forward_that_raises_ends_its_modules_all_the_same(device):
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("made to fail")
+
+    model = net(nn.Sequential(Fails()), device)
+    tracker = Tracker(device)
+    tracker.watch(model)
+    with tracker:
+        with pytest.raises(RuntimeError, match="made to fail"):
+            model(torch.zeros(2, device=device))
+        kept = kib(1, device)
+    assert made(tracker)[-1][0] == OUTSIDE
+    del kept
+
+
+def test_a_launchers_buffer_keeps_its_name_until_the_operator_returns_it():
+    model = net(models.CONVOLUTIONS["triton"](4, 8, 1, bias=False), "cpu")
+    tracker = Tracker("cpu")
+    tracker.watch(model)
+    with tracker:
+        model(torch.zeros(1, 4, 8, 8)).sum()
+    output = [entry for entry in tracker.account.entries if isinstance(entry, Change) and entry.nbytes == 8 * 64 * 4]
+    assert [(entry.category, entry.module, entry.operator) for entry in output][:2] == [
+        (accounts.WORKSPACE, "block", "output"), (accounts.TEMPORARY, "block", "conv_lab.forward"),
+    ]  # fmt: skip
+    assert ("block", "input as channels-last") in made(tracker)
+
+
+def test_marks_end_phases_and_a_forgotten_beginning_leaves_what_is_live(device):
+    with Tracker(device) as tracker:
+        a = kib(8, device)
+        b = kib(4, device)
+        tracker.mark("first")
+        del a
+        c = kib(1, device)
+        tracker.mark("second")
+        phases = tracker.account.phases
+        assert {name: (phase.peak.nbytes, phase.end.nbytes) for name, phase in phases.items()} == {
+            "first": (12 * KIB, 12 * KIB), "second": (12 * KIB, 5 * KIB),
+        }  # fmt: skip
+        tracker.reset_peak()
+        assert [entry.phase for entry in tracker.account.entries if isinstance(entry, Mark)] == ["first", "second"]
+        tracker.reset_peak(forget=True)
+        assert tracker.account.phases == {}
+        assert [entry.nbytes for entry in tracker.account.entries] == [4 * KIB, KIB]
+        assert tracker.account.start == 2
+        del b
+        assert (tracker.now, tracker.peak) == (KIB, 5 * KIB)
+    del c
+
+
+X, W, Y = (2, 3, 8, 8), (4, 3, 3, 3), (2, 4, 8, 8)  # 1.5 KiB, 432 bytes, 2 KiB
+FORWARD_CALL = ("aten.convolution", 1536 + 432 + 2048)
+INPUT_GRAD_CALL, WEIGHT_GRAD_CALL = (("aten.convolution_backward", 2048 + 432 + 1536),) * 2
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "trained", "calls"),
+    [
+        pytest.param(X, W, "xwb", [FORWARD_CALL, INPUT_GRAD_CALL, WEIGHT_GRAD_CALL], id="each-gradient-is-one"),
+        pytest.param(X, W, "wb", [FORWARD_CALL, WEIGHT_GRAD_CALL], id="none-for-a-frozen-input"),
+        pytest.param(X, W, "b", [FORWARD_CALL], id="none-for-a-bias"),
+        pytest.param(
+            (2, 4, 8, 8), (4, 4, 3, 3), "xw",
+            [("aten.convolution", 2048 + 576 + 2048)] + [("aten.convolution_backward", 2048 + 576 + 2048)] * 2,
+            id="input-and-output-of-one-shape",
+        ),
+    ],
+)  # fmt: skip
+def test_library_convolutions_are_entered_with_their_operands_and_result(device, x_shape, w_shape, trained, calls):
+    model = net(nn.Conv2d(w_shape[1], w_shape[0], 3, padding=1), device)
+    model.block.weight.requires_grad_("w" in trained)
+    tracker = Tracker(device)
+    tracker.watch(model)
+    with tracker:
+        model(torch.zeros(x_shape, device=device, requires_grad="x" in trained)).sum().backward()
+    entered = [entry for entry in tracker.account.entries if isinstance(entry, ConvolutionCall)]
+    assert [(call.operator, call.nbytes) for call in entered] == calls
+    assert {call.module for call in entered} == {"block"}
+
+
+@pytest.mark.parametrize("conv", ["unfold", "triton"])
+def test_our_convolutions_are_no_librarys(conv):
+    model = net(models.CONVOLUTIONS[conv](3, 4, 3), "meta")
+    with Tracker("meta") as tracker:
+        model(torch.zeros(X, device="meta")).sum().backward()
+    assert not [entry for entry in tracker.account.entries if isinstance(entry, ConvolutionCall)]
+
+
+def laid(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype = torch.float32):
+    return lambda device: torch.zeros(shape, dtype=dtype, device=device).to(memory_format=layout)
+
+
+LAST, DENSE = torch.channels_last, torch.contiguous_format
+
+
+@pytest.mark.parametrize(
+    ("make", "dims", "call"),
+    [
+        pytest.param(laid((2, 6, 4, 5), LAST), (0, 2, 3), (6, 40, 4), id="bias-gradient-channels-last"),
+        pytest.param(laid((2, 6, 4, 5), LAST), (0, -2, -1), (6, 40, 4), id="counted-from-the-end"),
+        pytest.param(laid((2, 6, 4, 5), DENSE), (0, 2, 3), None, id="bias-gradient-contiguous"),
+        pytest.param(laid((7, 6), DENSE), (0,), (6, 7, 4), id="bias-gradient-of-a-linear-layer"),
+        pytest.param(laid((7, 6), DENSE), (1,), None, id="along-rows"),
+        pytest.param(laid((7, 2, 3), DENSE), (0,), (6, 7, 4), id="several-dimensions-kept"),
+        pytest.param(laid((7, 2, 3), DENSE), (1,), None, id="a-dimension-between"),
+        pytest.param(laid((7, 1, 6), DENSE), (0,), (6, 7, 4), id="one-of-size-1-is-no-matter"),
+        pytest.param(laid((7, 6), DENSE), (0, 1), None, id="nothing-kept"),
+        pytest.param(laid((7, 6), DENSE), (), None, id="everything"),
+        pytest.param(laid((7, 6), DENSE, torch.bfloat16), (0,), (6, 7, 4), id="half-precision-adds-in-float32"),
+        pytest.param(laid((7, 6), DENSE, torch.float64), (0,), (6, 7, 8), id="float64"),
+    ],
+)
+def test_sums_whose_results_lie_side_by_side_are_entered(device, make, dims, call):
+    with Tracker(device) as tracker:
+        make(device).sum(dims)
+    entered = [entry for entry in tracker.account.entries if isinstance(entry, ReductionCall)]
+    assert entered == ([] if call is None else [ReductionCall("aten.sum", OUTSIDE, *call)])
+
+
+def test_a_sum_is_the_modules_whose_backward_pass_it_is_in(device):
+    model = net(nn.Linear(6, 8), device)
+    tracker = Tracker(device)
+    tracker.watch(model)
+    with tracker:
+        y = model(torch.zeros(7, 6, device=device))
+        y.backward(torch.ones_like(y))
+    entered = [entry for entry in tracker.account.entries if isinstance(entry, ReductionCall)]
+    assert entered == [ReductionCall("aten.sum", "block", 8, 7, 4)]
+
+
+def skip_gradient(device: str, keeps: bool, when_added) -> None:
+    """The backward pass of h = x * 1, y = exp(h) + branch(h), all of 8 KiB; `branch` comes first and may keep its own.
+
+    Calls when_added(gradient of h, address of branch's) while nothing else but x, exp(h), y and the gradient of y live.
+    """
+    kept, address = [], []
+
+    class Branch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h: Tensor) -> Tensor:
+            return h.clone()
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            result = gradient * 3
+            address.append(result.data_ptr())
+            kept.extend([result] * keeps)
+            return result
+
+    x = kib(8, device).requires_grad_()
+    h = x * 1
+    h.register_hook(lambda gradient: when_added(gradient, address[0]))
+    y = h.exp() + Branch.apply(h)
+    del h
+    y.backward(torch.ones_like(y))
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["nobody-keeps-the-earlier", "somebody-keeps-the-earlier"])
+def test_gradients_are_added_in_place_where_autograd_adds_them_so(device, keeps):
+    in_place = []
+    skip_gradient("cpu", keeps, lambda gradient, address: in_place.append(gradient.data_ptr() == address))
+    assert in_place == [not keeps], "what PyTorch does when nobody looks on"
+
+    live = []
+    with Tracker(device) as tracker:
+        skip_gradient(device, keeps, lambda *_: (tracker.mark("added"), live.append(tracker.now)))
+        sums = [entry for entry in tracker.account.entries if isinstance(entry, Change) and entry.operator == "aten.add"]
+        earlier = next(e for e in tracker.account.entries if isinstance(e, Change) and e.operator == "aten.mul"
+                       and e.storage > sums[0].storage)
+        assert live == [(5 + keeps) * 8 * KIB]
+        assert tracker.account.phases["added"].peak.nbytes == (6 + keeps) * 8 * KIB
+        assert (sums[-1].storage == earlier.storage) is not keeps
+    assert tracker.now == 0
+
+
+def train(name: str, conv: str, tracker: Tracker | None) -> list[Tensor]:
+    """Parameters and buffers after two steps."""
+    torch.manual_seed(0)
+    size = 32 if name == "resnet18" else 8
+    model = models.build(name, conv, 10, size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x, y = torch.randn(4, 3, size, size), torch.arange(4)
+    if tracker is not None:
+        tracker.watch(model, optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return [*model.parameters(), *model.buffers()]
+
+
+@pytest.mark.parametrize(
+    ("name", "conv"),
+    [
+        ("simplenet", "torch"), ("simplenet", "unfold"), ("simplenet", "triton"), ("customnet", "torch"),
+        ("customnet", "triton"), ("simplevit", "torch"), ("resnet18", "torch"),
+    ],
+)  # fmt: skip
+def test_tracking_changes_no_value(name, conv):
+    expected = train(name, conv, None)
+    tracker = Tracker("cpu")
+    with tracker:
+        actual = train(name, conv, tracker)
+    assert all(map(torch.equal, actual, expected))
+    assert all(value.isfinite().all() for value in expected)

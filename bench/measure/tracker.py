@@ -198,10 +198,11 @@ def _convolved_bytes(args: tuple, result: torch.Tensor) -> int:
 def _unseen_bytes(func: torch._ops.OpOverload, args: tuple, result: torch.Tensor) -> int:
     """Bytes by which a real device's result is larger than its meta twin.
 
-    `fold` alone: its CPU and CUDA kernels first take a result as large as their argument, then shrink its shape only.
+    `fold` and `unfold` alone: their CPU and CUDA kernels first take a result as large as their argument, and then
+    change its shape, for which a storage that is too large is kept.
     """
-    if func is torch.ops.aten.col2im.default and result.is_meta:
-        return args[0].numel() * args[0].element_size() - result.untyped_storage().nbytes()
+    if func in (torch.ops.aten.col2im.default, torch.ops.aten.im2col.default) and result.is_meta:
+        return max(0, args[0].nbytes - result.untyped_storage().nbytes())
     return 0
 
 
