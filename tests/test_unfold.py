@@ -7,6 +7,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import models
 from kernels.unfold import UnfoldConv2d, unfold_conv2d
 
 # (x shape, w shape, stride, padding, dilation)
@@ -140,3 +141,40 @@ def test_wrong_calls_name_the_values():
         unfold_conv2d(x[:, :, :2, :2], w, bias)
     with pytest.raises(TypeError, match="padding"):
         unfold_conv2d(x, w, bias, padding="same")
+
+
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1, "bias": False}], ids=["plain", "strided"])
+def test_autocast_casts_as_for_nn_conv2d(geometry):
+    x = random(2, 3, 8, 8, dtype=torch.float32, seed=0)
+    native, ours = nn.Conv2d(3, 4, 3, **geometry), UnfoldConv2d(3, 4, 3, **geometry)
+    ours.load_state_dict(native.state_dict())
+
+    def run(layer, **options):
+        inputs = x.clone().requires_grad_()
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, **options):
+            y = layer(inputs)
+        y.sum().backward()
+        return [y.detach(), inputs.grad, *(parameter.grad for parameter in layer.parameters())]
+
+    for options, dtype in (({}, torch.bfloat16), ({"enabled": False}, torch.float32)):
+        actual, expected = run(ours, **options), run(native, **options)
+        assert actual[0].dtype == dtype
+        assert all(gradient.dtype == torch.float32 for gradient in actual[1:])
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_model_trains_under_autocast():
+    torch.manual_seed(0)
+    model = models.build("resnet18", "unfold", 10, 32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = nn.functional.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1]))
+    loss.backward()
+    optimizer.step()
+    assert loss.isfinite()
+    for (name, parameter), old in zip(model.named_parameters(), before, strict=True):
+        assert parameter.dtype == torch.float32, name
+        assert parameter.isfinite().all(), name
+        assert not torch.equal(parameter, old), name

@@ -94,7 +94,7 @@ class View:
         now, highest = dict(self.tracker.by_category), max(self.peak, self.tracker.now, 1)
         lines = [Text(self.title(), style="bold"), Text(f"step {self.done + 1}/{self.steps}, {self.phase}")]
         for category in CATEGORIES:
-            line = Text(f"{category:18}")
+            line = Text(f"{category:19}")
             line.append("█" * round(40 * now[category] / highest), style=COLOURS[category])
             line.append(f" {mib(now[category])}")
             lines.append(line)
