@@ -1,31 +1,19 @@
 """The report on the console: one table over the convolutions, a bar a phase, a tree of the peak, and words."""
 
+from collections.abc import Iterator
+
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from bench.measure.account import (
-    CATEGORIES,
-    GRADIENTS,
-    INPUT,
-    OPTIMIZER,
-    OUTSIDE,
-    PARAMETERS,
-    SAVED,
-    TEMPORARY,
-    WORKSPACE,
-)
+from bench.measure.account import CATEGORIES, INPUT, OPTIMIZER, OUTSIDE, PARAMETERS
 from bench.measure.predict import MIB
+from bench.memory.colours import COLOURS
 from bench.memory.words import in_mib
 
-# As in the timeline, so that both tell the same story.
-COLOURS = {
-    PARAMETERS: "blue", GRADIENTS: "green", OPTIMIZER: "magenta", INPUT: "white",
-    SAVED: "cyan", TEMPORARY: "yellow", WORKSPACE: "red",
-}  # fmt: skip
 MOST_BRANCHES = 4
 """Modules of one category in the tree; the others are told in one line."""
 LEAST_SHARE = 0.01
@@ -46,8 +34,8 @@ def print_report(console: Console, report: dict) -> None:
     console.print(bars(entries, console.width))
     for conv, entry in entries.items():
         console.print(tree(conv, entry))
-    for text in explanations(report):
-        console.print(text)
+    for told in explanations(report):
+        console.print(told)
 
 
 def figures(report: dict) -> Table:
@@ -102,6 +90,7 @@ def notes(report: dict) -> list[str]:
     if report["measured_on"]:
         sources = sorted({entry["measured"]["source"] for entry in entries if "source" in entry["measured"]})
         lines.append(f"Measured on {report['measured_on']}: {'; '.join(sources) or 'nothing fitted'}.")
+        lines += [f"GPU: {told}." for told in dict.fromkeys(map(describe_gpu, entries)) if told]
     else:
         lines.append(f"Nothing is measured: {report['not_measured_because']}.")
     return [escape(line) for line in lines]
@@ -156,32 +145,34 @@ def tree(conv: str, entry: dict) -> Tree:
     return root
 
 
-def explanations(report: dict) -> list[Text]:
+def explanations(report: dict) -> Iterator[RenderableType]:
     """In words: why a convolution's peak is not torch's, and what the write-up's figures leave to explain."""
-    texts = []
     for told in report["differences"]:
-        text = Text()
-        ours, theirs = told["conv"], told["reference"]
-        if told["nbytes"] == 0 and not told["items"]:
-            text.append(f"\n{ours} against {theirs}: ", style="bold")
-            text.append("the same bytes at the same moment.")
-            texts.append(text)
+        ours, theirs, nbytes = told["conv"], told["reference"], told["nbytes"]
+        if nbytes == 0 and not told["items"]:
+            yield Text.assemble((f"\n{ours} against {theirs}: ", "bold"), "the same bytes at the same moment.")
             continue
-        more = "more" if told["nbytes"] >= 0 else "less"
-        text.append(f"\n{ours} against {theirs}: {mib(abs(told['nbytes']))} MiB {more} at the peak. ", style="bold")
-        text.append(f"Its peak lies in {told['where']}; {theirs}'s in {told['reference_where']}. There it holds, and "
-                    f"{theirs} at its own peak does not (-: the other way round):")
-        for nbytes, what in told["items"]:
-            text.append(f"\n  {nbytes / MIB:+10,.1f}  {what}")
-        texts.append(text)
-    gaps = {conv: entry["gap_to_writeup"] for conv, entry in report["convolutions"].items() if entry["gap_to_writeup"]}
-    if gaps:
-        text = Text("\nWhat the write-up's figures leave to explain (their allocator, context and step are not known):")
-        text.stylize("bold")
-        for conv, gap in gaps.items():
-            text.append(f"\n  {conv}: {gap}")
-        texts.append(text)
-    return texts
+        more = "more" if nbytes >= 0 else "less"
+        yield Text.assemble(
+            (f"\n{ours} against {theirs}: {mib(abs(nbytes))} MiB {more} at the peak. ", "bold"),
+            f"Its peak lies in {told['where']}; {theirs}'s in {told['reference_where']}. What it holds there more or "
+            f"less than {theirs} at its own:",
+        )
+        yield listed([(f"{size / MIB:+,.1f}", what) for size, what in told["items"]])
+    gaps = [(conv, entry["gap_to_writeup"]) for conv, entry in report["convolutions"].items()]
+    if any(gap for _, gap in gaps):
+        yield Text("\nWhat the write-up's figures leave to explain (its context and step are not known)", style="bold")
+        yield listed([(conv, gap) for conv, gap in gaps if gap])
+
+
+def listed(lines: list[tuple[str, str]]) -> Table:
+    """Two columns without a frame, of which the second may wrap."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    for name, text in lines:
+        table.add_row(f"  {name}", Text(text))
+    return table
 
 
 def mib(nbytes: int) -> str:
@@ -201,6 +192,18 @@ def batches(largest: dict | None) -> str:
         return "-"
     surely, perhaps = largest["surely"], largest["perhaps"]
     return f"{surely:,}" if surely == perhaps else f"{surely:,}-{perhaps:,}"
+
+
+def describe_gpu(entry: dict) -> str:
+    """What the measurement of one convolution depended on."""
+    told = entry["measured"].get("gpu") or {}
+    parts = [
+        f"driver {told['driver']}" if told.get("driver") else "",
+        f"{told['sm_clock_mhz']} MHz" if told.get("sm_clock_mhz") else "",
+        f"{told['temperature_c']} °C" if told.get("temperature_c") else "",
+        f"held down by {', '.join(told['throttle_reasons'])}" if told.get("throttle_reasons") else "",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def measured_cell(measured: dict, key: str) -> str:

@@ -5,26 +5,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.measure.account import (
-    CATEGORIES,
-    GRADIENTS,
-    INPUT,
-    OPTIMIZER,
-    PARAMETERS,
-    SAVED,
-    TEMPORARY,
-    WORKSPACE,
-    Account,
-    Mark,
-)
+from bench.measure.account import CATEGORIES, Account, Mark
 from bench.measure.predict import MIB
+from bench.memory.colours import COLOURS
 from bench.memory.words import peak_place
 from train.files import atomic_write
-
-COLOURS = {
-    PARAMETERS: "tab:blue", GRADIENTS: "tab:green", OPTIMIZER: "tab:purple", INPUT: "silver",
-    SAVED: "tab:cyan", TEMPORARY: "goldenrod", WORKSPACE: "tab:red",
-}  # fmt: skip
 
 
 def draw(path: Path, accounts: dict[str, Account], title: str) -> None:

@@ -15,7 +15,8 @@ from bench.measure.host import open_host
 from bench.measure.nvml import open_gpu
 from bench.measure.sampling import Phase, Recorder, Usage
 from bench.measure.tracker import Tracker
-from bench.memory.console import COLOURS, mib
+from bench.memory.colours import COLOURS
+from bench.memory.console import mib
 from bench.memory.step import Step, Training
 from train.report import device_name
 

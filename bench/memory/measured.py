@@ -1,9 +1,11 @@
 """The real step on the GPU at hand: what the driver, PyTorch's allocator and the tracker say of it."""
 
 import multiprocessing
+from typing import Any
 
 import torch
 
+from bench.conditions import gpu_state
 from bench.measure.nvml import GpuMemory, NvmlUnavailable, gpu_memory
 from bench.memory.step import Step, Training, track
 
@@ -19,13 +21,13 @@ def find_gpu() -> GpuMemory:
     return gpu_memory(str(torch.cuda.get_device_properties(0).uuid))
 
 
-def measure(step: Step) -> dict[str, int | str | None]:
+def measure(step: Step) -> dict[str, Any]:
     """The real step on the first GPU, in a fresh process, so that the figures hold one CUDA context and one model."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure_here, (step,))
 
 
-def _measure_here(step: Step) -> dict[str, int | str | None]:
+def _measure_here(step: Step) -> dict[str, Any]:
     """Bytes. "tracked" is of one more step, under the tracker, which takes no GPU memory itself."""
     device = torch.device("cuda", 0)
     uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -55,4 +57,5 @@ def _measure_here(step: Step) -> dict[str, int | str | None]:
         "reserved_peak": reserved,
         "tracked_peak": tracked,
         "outside_allocator": nbytes - reserved,
+        "gpu": gpu_state(device),
     }

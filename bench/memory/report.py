@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bench.conditions import conditions
-from bench.measure.account import Account
+from bench.measure.account import CATEGORIES, Account
 from bench.measure.nvml import GpuMemory
 from bench.measure.predict import ASSUMPTIONS, GpuKind, Prediction
 from bench.memory.step import NUM_CLASSES, Step
@@ -62,7 +62,7 @@ def entry(result: Result, reference: Result | None) -> dict[str, Any]:
     """One convolution's part of the report."""
     peak = result.account.peak
     theirs = writeup_mib(result.step)
-    unfolding = unfolding_modules(result.account)
+    unfolding, curve = unfolding_modules(result.account), list(result.account.curve())
     return {
         "peak": peak.nbytes,
         "at_peak": peak.by_category(),
@@ -72,6 +72,7 @@ def entry(result: Result, reference: Result | None) -> dict[str, Any]:
             name: {"peak": phase.peak.nbytes, "at_peak": phase.peak.by_category(), "end": phase.end.nbytes}
             for name, phase in result.account.phases.items()
         },
+        "timeline": {category: [moment[category] for moment in curve] for category in CATEGORIES},
         "live_at_peak": [
             {
                 "category": storage.category, "module": storage.module, "operator": storage.operator,

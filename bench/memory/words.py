@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from bench.measure.account import OUTSIDE, TEMPORARY, Account, Change
+from bench.measure.account import CATEGORIES, OUTSIDE, TEMPORARY, Account, Change
 from bench.measure.predict import EAGER_CONTEXT, LAZY_CONTEXT, MIB, Range
 
 # What operators of the unfolding convolution leave behind, which nn.Conv2d does not have.
@@ -60,6 +60,7 @@ def difference(conv: str, account: Account, reference: str, other: Account) -> D
     limit = WORTH_TELLING * max(account.peak.nbytes, other.peak.nbytes)
     told = [(nbytes, what) for what, nbytes in sorted(items.items(), key=lambda item: -item[1]) if abs(nbytes) >= limit]
     rest = sum(items.values()) - sum(nbytes for nbytes, _ in told)
+    told = [(nbytes, f"{what}, freed by then" if nbytes < 0 and what in CATEGORIES else what) for nbytes, what in told]
     return Difference(
         conv=conv,
         reference=reference,
