@@ -299,11 +299,10 @@ def compiling_ahead(arch: str) -> Iterator[list[CompiledKernel]]:
     with _triton_lock:
         active = driver._active
         driver.set_active(_AheadDriver(arch))
-        _ahead.target, _ahead.collected = Target(arch, MULTIPROCESSORS[arch]), []
         try:
-            yield _ahead.collected
+            with _standing_for(Target(arch, MULTIPROCESSORS[arch]), []) as compiled:
+                yield compiled
         finally:
-            _ahead.target = None
             driver._active = active
 
 
@@ -313,11 +312,19 @@ def planning(target: Target) -> Iterator[None]:
 
     So an accountant hears by `on_allocate` of workspaces and layout copies on a device that is not there.
     """
-    _ahead.target, _ahead.collected = target, None
-    try:
+    with _standing_for(target, None):
         yield
+
+
+@contextlib.contextmanager
+def _standing_for(target: Target, collected: list[CompiledKernel] | None) -> Iterator[list[CompiledKernel] | None]:
+    """While open, meta tensors of this thread stand for those on `target`."""
+    outer = getattr(_ahead, "target", None), getattr(_ahead, "collected", None)
+    _ahead.target, _ahead.collected = target, collected
+    try:
+        yield collected
     finally:
-        _ahead.target = None
+        _ahead.target, _ahead.collected = outer
 
 
 def is_planned(tensor: torch.Tensor) -> bool:

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from bench.measure.account import CATEGORIES
-from bench.measure.nvml import GpuMemory, NvmlUnavailable
 from bench.measure.predict import GPUS, MIB, Range
 from bench.memory import command, measured
 from bench.memory.figure import timeline
@@ -27,7 +26,7 @@ def memory_run(run_main, monkeypatch):
     """memory_run("simplenet", ...) -> (exit code, stdout, stderr)."""
 
     def no_gpu():
-        raise NvmlUnavailable("no NVML: not in this test")
+        raise measured.NoGpu("no NVML: not in this test")
 
     monkeypatch.setattr(measured, "find_gpu", no_gpu)
     monkeypatch.setenv("COLUMNS", "100")
@@ -100,7 +99,7 @@ def test_words_tell_where_a_difference_comes_from(report_of):
     told = {entry["conv"]: entry for entry in report["differences"]}
     assert told["triton"]["nbytes"] == 0
     assert told["triton"]["items"] == []
-    assert "triton against torch: the same bytes at the same moment." in out
+    assert "triton against torch: the same to 0.1 MiB, at the same moment." in out
     unfold = told["unfold"]
     entries = report["convolutions"]
     assert unfold["nbytes"] == entries["unfold"]["peak"] - entries["torch"]["peak"]
@@ -212,7 +211,7 @@ def test_the_timeline_is_the_account():
 
 
 def test_measured_figures_stand_beside_predicted_ones(memory_run, monkeypatch):
-    gpu = GpuMemory(name="Paper GPU", uuid="GPU-0", total=16 * 2**30, used=0, process=None)
+    gpu = dataclasses.replace(GPUS["h100"], name="Paper GPU")
     answers = {
         "torch": {
             "source": "NVML, this process", "nbytes": 3000 * MIB, "allocated_peak": 1600 * MIB,
@@ -221,7 +220,6 @@ def test_measured_figures_stand_beside_predicted_ones(memory_run, monkeypatch):
         "unfold": {"error": "out of memory"},
     }
     monkeypatch.setattr(measured, "find_gpu", lambda: gpu)
-    monkeypatch.setattr(command, "kind_of", lambda found: GPUS["h100"])
     monkeypatch.setattr("bench.memory.report.conditions", lambda device: {})
     monkeypatch.setattr(measured, "measure", lambda step: answers[step.conv])
     code, out, _ = memory_run("simplenet", "--conv", "torch", "unfold", *SMALL)

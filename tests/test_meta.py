@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import models
 from bench.measure.account import Change
 from bench.measure.meta import FULL_PRECISION, LOWER_PRECISION, StandIn, in_the_role_of
 from bench.measure.tracker import Tracker
@@ -42,6 +43,10 @@ def labels(x: torch.Tensor) -> torch.Tensor:
     return torch.zeros(x.size(0), dtype=torch.long, device=x.device)
 
 
+def twice(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, w) + F.linear(x, w)
+
+
 IMAGE, FILTER, BIAS = (2, 4, 5, 5), (4, 4, 3, 3), (4,)
 SQUARE = (4, 4)
 EVERY, WIDE = (torch.float32, BRAIN, torch.float64), (torch.float32, torch.float64)
@@ -58,11 +63,14 @@ ON_CPU = [
     pytest.param(lambda x, w, b: F.layer_norm(x, BIAS, w, b), [SQUARE, BIAS, BIAS], WIDE, id="layer_norm"),
     pytest.param(lambda x: x.softmax(-1), [SQUARE], WIDE, id="softmax"),
     pytest.param(lambda x: F.gelu(x) + x.mean(), [SQUARE], EVERY, id="what-is-left-as-it-is"),
-    pytest.param(lambda x, w: F.linear(F.linear(x, w), w), [SQUARE] * 2, EVERY, id="a-weight-twice-is-cast-once"),
-    pytest.param(lambda x, w: x @ w.T + x @ w.T, [SQUARE] * 2, EVERY, id="its-view-twice-is-cast-twice"),
+    pytest.param(twice, [SQUARE] * 2, EVERY, id="a-weight-twice-is-cast-once"),
+    pytest.param(lambda x, w: twice(x, w.T), [SQUARE] * 2, EVERY, id="its-view-twice-is-cast-twice"),
+    pytest.param(lambda x, w: twice(x, (2 * w).detach()), [SQUARE] * 2, EVERY, id="a-frozen-one-too"),
+    pytest.param(twice, [SQUARE] * 2, (HALF,), id="a-half-precision-one-too"),
     pytest.param(
-        lambda x, w: F.linear(x * 2, w.detach()) + F.linear(x * 2, w), [SQUARE] * 2, EVERY, id="a-frozen-one-too"
+        lambda x, w: twice(x, w.detach()[:3].requires_grad_()), [SQUARE] * 2, EVERY, id="a-trained-view-too"
     ),
+    pytest.param(lambda x, w: twice(2 * x, w), [SQUARE] * 2, EVERY, id="an-activation-too"),
     pytest.param(
         lambda x, w: conv2d(conv2d(x, w), w), [IMAGE, FILTER], EVERY, id="our-conv2d-casts-a-weight-at-each-call"
     ),
@@ -85,6 +93,23 @@ def test_the_same_operators_run_as_under_autocast_on_the_cpu(function, shapes, d
             seen.append(operators.seen)
             assert all(t.grad.dtype == dtype for t in operands if t.grad is not None)
         assert seen[0] == seen[1], dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "conv", "size"),
+    [("simplevit", "torch", 8), ("resnet18", "torch", 32), ("customnet", "unfold", 16), ("customnet", "triton", 16)],
+)
+def test_a_models_step_is_the_same_as_under_autocast_on_the_cpu(name, conv, size):
+    seen = []
+    for device, precision in (("cpu", torch.autocast("cpu", BRAIN)), ("meta", StandIn("cpu", amp=BRAIN))):
+        with torch.device(device):
+            model, x = models.build(name, conv, 10, size), torch.zeros(2, 3, size, size)
+        with Operators() as operators:
+            with precision:
+                loss = F.cross_entropy(model(x).float(), labels(x))
+            loss.backward()
+        seen.append(operators.seen)
+    assert seen[0] == seen[1]
 
 
 # How each name of the two lists is called, and with what shapes.
@@ -113,7 +138,11 @@ CALLS = {
     "dist": (torch.dist, SQUARE, SQUARE),
     "group_norm": (lambda a: F.group_norm(a, 2), SQUARE),
     "layer_norm": (lambda a: F.layer_norm(a, BIAS), SQUARE),
-    "multi_dot": (lambda a, b: torch.linalg.multi_dot([a, b]), SQUARE, SQUARE),
+    "linalg_vector_norm": (torch.linalg.vector_norm, SQUARE),
+    "binary_cross_entropy_with_logits": (
+        lambda a, b: F.binary_cross_entropy_with_logits(a, b.detach()), SQUARE, SQUARE,
+    ),
+    "linalg_multi_dot": (lambda a, b: torch.linalg.multi_dot([a, b]), SQUARE, SQUARE),
     "mv": (torch.mv, SQUARE, BIAS),
     "nll_loss": (lambda a: F.nll_loss(a, labels(a)), SQUARE),
     "pow": (lambda a: torch.pow(a, 2), SQUARE),
@@ -143,17 +172,10 @@ NOT_CAST = {
     "mean": (torch.mean, SQUARE),
     "unfold": (lambda a: F.unfold(a, 3), IMAGE),
 }
-MISNAMED = pytest.mark.xfail(reason="PyTorch calls this function linalg_multi_dot, so that its name is never met")
 
 
 @pytest.mark.filterwarnings("ignore:torch.chain_matmul is deprecated", "ignore:reduction. 'mean' divides")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=MISNAMED if name == "multi_dot" else ())
-        for name in sorted({*NOT_CAST, *LOWER_PRECISION, *FULL_PRECISION})
-    ],
-)
+@pytest.mark.parametrize("name", sorted(CALLS | NOT_CAST))
 def test_results_have_the_dtype_that_autocast_gives_on_cuda(name):
     function, *shapes = (CALLS | NOT_CAST)[name]
     for dtype in (torch.float32, HALF, torch.float64):
@@ -166,6 +188,10 @@ def test_results_have_the_dtype_that_autocast_gives_on_cuda(name):
             finally:
                 torch.set_autocast_enabled("cuda", False)
         assert ours == theirs, dtype
+
+
+def test_every_name_of_the_lists_was_tried():
+    assert CALLS.keys() == LOWER_PRECISION | FULL_PRECISION
 
 
 def test_casts_of_parameters_are_kept_until_it_is_closed():
@@ -254,13 +280,13 @@ def test_attention_is_one_operator_that_keeps_no_scores(role, dtype, amp, operat
     assert operator not in fallen_apart
 
 
-@pytest.mark.parametrize("trained", ["q", "k", "v"])
-def test_attention_keeps_what_the_backward_pass_needs(trained):
-    operands = {name: torch.empty(SHAPE, device="meta", requires_grad=name == trained) for name in "qkv"}
-    with StandIn("sm_75"):
-        y = F.scaled_dot_product_attention(*operands.values())
-    y.sum().backward()
-    assert operands[trained].grad.shape == SHAPE
+@pytest.mark.parametrize("trained", ["", "q", "k", "v"])
+def test_efficient_attention_keeps_its_sums_for_a_backward_pass_alone(trained):
+    operands = [torch.empty(SHAPE, device="meta", requires_grad=name == trained) for name in "qkv"]
+    with Operators() as operators, StandIn("sm_75"):
+        F.scaled_dot_product_attention(*operands)
+    ((_, _, (_, sums, _), *_),) = [seen for seen in operators.seen if seen[0] == EFFICIENT.removeprefix("aten.")]
+    assert (sums.numel() > 0) is bool(trained)
 
 
 def test_unknown_roles_are_refused():

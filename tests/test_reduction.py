@@ -26,10 +26,11 @@ def test_staging_is_what_an_h100_took(results, terms, mib):
 @pytest.mark.parametrize(
     ("results", "terms"),
     [
-        pytest.param(512, 256, id="one-block-adds-a-column"),
+        pytest.param(128, 1_000, id="fewer-than-256-terms-a-thread"),
         pytest.param(192, 8, id="fewer-terms-than-a-warp"),
         pytest.param(10, 1, id="one-term"),
-        pytest.param(2**22, 65_536, id="results-enough-for-every-block"),
+        pytest.param(132 * 16 * 128, 1_024, id="results-for-every-block"),
+        pytest.param(2**22, 65_536, id="results-for-more-than-every-block"),
     ],
 )
 def test_sums_that_one_block_adds_take_nothing(results, terms):
@@ -43,6 +44,11 @@ def test_float64_takes_twice_as_much():
 def test_a_larger_gpu_cuts_columns_finer():
     taken = [buffers(512, 65_536, 4, multiprocessors=count, threads=1024).staging for count in (40, 80)]
     assert 0 < taken[0] < taken[1]
+
+
+def test_a_column_is_cut_so_that_no_thread_adds_more_than_256_terms():
+    results, terms = 128 * 1_000, 4_096  # for 132 * 16 blocks, each 32 threads wide and 4 high
+    assert on_h100(results, terms).staging == 4 * results * (terms // 4 // 256) * 128
 
 
 def test_each_block_of_results_has_a_counter():

@@ -101,7 +101,9 @@ INTERPRETER, H100 = runtime.Target("interpreter", 1), runtime.Target("sm_90", 13
 LAYOUTS = pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 
 
-def announced(device, layout, target=None, *, x=(2, 8, 9, 9), w=(6, 8, 3, 3), bias=True, dtype=torch.float32, **geometry):
+def announced(
+    device, layout, target=None, *, x=(2, 8, 9, 9), w=(6, 8, 3, 3), bias=True, dtype=torch.float32, **geometry
+):
     """(what, shape, strides, bytes) of each buffer of a forward and a backward pass, in order."""
     seen = []
     x, w = (torch.zeros(s, dtype=dtype, device=device).to(memory_format=layout).requires_grad_() for s in (x, w))
@@ -147,16 +149,12 @@ def test_a_planned_launch_takes_the_buffers_of_a_real_one_in_its_order(layout, o
     ],
 )
 def test_a_launch_planned_for_a_gpu_takes_its_split_k_workspace(options, dtype):
-    small, large = (
-        announced("meta", torch.channels_last, H100, x=(batch, 64, 16, 16), dtype=dtype, **options) for batch in (1, 64)
-    )
-    ((_, shape, _, nbytes),) = [buffer for buffer in large if buffer[0] == "split-K workspace"]
+    seen = announced("meta", torch.channels_last, H100, x=(64, 64, 16, 16), dtype=dtype, **options)
+    ((_, shape, _, nbytes),) = [buffer for buffer in seen if buffer[0] == "split-K workspace"]
     co, ci, r, s = options["w"]
     assert shape == (shape[0], co, r, s, ci)
     assert shape[0] > 1
     assert nbytes == shape[0] * co * r * s * ci * (8 if dtype == torch.float64 else 4)
-    assert "split-K workspace" not in {what for what, *_ in announced("meta", torch.channels_last, INTERPRETER)}
-    assert {what for what, *_ in small} >= {"output", "input gradient", "weight gradient"}
 
 
 def test_only_meta_tensors_under_planning_are_planned():
@@ -164,12 +162,15 @@ def test_only_meta_tensors_under_planning_are_planned():
     assert not runtime.is_planned(meta)
     with runtime.compiling_ahead("sm_80"):
         assert not runtime.is_planned(meta)
-    with pytest.raises(ZeroDivisionError), runtime.planning(H100):
+    with pytest.raises(RuntimeError, match="not on meta"):
+        runtime.target_for(meta.device)
+    with runtime.planning(H100):
         assert runtime.is_planned(meta)
         assert not runtime.is_planned(real)
         assert runtime.target_for(meta.device) == H100
         assert conv2d(real, real).item() == 4, "real tensors are computed with all the same"
-        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="made to fail"), runtime.planning(H100):
+        raise RuntimeError("made to fail")
     assert not runtime.is_planned(meta)
     with pytest.raises(RuntimeError, match="not on meta"):
         runtime.target_for(meta.device)
@@ -191,7 +192,6 @@ def test_compilation_ahead_and_planning_do_not_meet():
     assert conv2d(torch.empty(shape, device="meta"), torch.empty(6, 8, 3, 3, device="meta")).shape == (2, 6, 7, 7)
 
 
-@pytest.mark.xfail(reason="the inner context forgets the target of the outer one instead of putting it back")
 @pytest.mark.parametrize(
     "inner", [lambda: runtime.planning(INTERPRETER), lambda: runtime.compiling_ahead("sm_80")],
     ids=["planning", "compiling-ahead"],
@@ -216,8 +216,8 @@ def test_an_interpreted_launch_keeps_no_memory(layout, dtype, groups):
         x = torch.randn(2, 4, 8, 8).to(dtype=dtype, memory_format=layout).requires_grad_()
         w = torch.randn(4, 4 // groups, 3, 3).to(dtype=dtype, memory_format=layout).requires_grad_()
         b = torch.randn(4, dtype=dtype, requires_grad=True)
+        stored = []
         with runtime.on_allocate(lambda nbytes, what, t: stored.append(weakref.ref(t.untyped_storage()))):
-            stored = []
             y = conv2d(x, w, b, groups=groups)
             y.backward(torch.ones_like(y))
         stored += [weakref.ref(t.untyped_storage()) for t in (x, w, b, b.grad)]

@@ -29,7 +29,7 @@ recorded training steps its size, and the opposite did not.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -53,6 +53,18 @@ HIGHEST_ADDRESS = 0x7F00_0000_0000
 
 class OutOfMemory(Exception):
     """A segment does not fit in the capacity, even with every free segment given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Something is `nbytes` bytes from here on: made, resized, or freed."""
+
+    key: Hashable
+    """Tells things apart; one that was freed may be used again."""
+    nbytes: int
+    """0 for one that is freed."""
+    label: tuple[str, ...] = ()
+    """What it is, the narrowest name first, as a call stack has its innermost frame first. Not needed for a free."""
 
 
 @dataclass(slots=True, eq=False)
@@ -117,6 +129,7 @@ class CachingAllocator:
         self.reset_peaks()
         self._on_segment = on_segment
         self._segments: dict[int, Segment] = {}
+        self._served: dict[Hashable, Block] = {}
         self._lowest = HIGHEST_ADDRESS
         # Of each pool, sorted; no two blocks share an address, so blocks themselves are never compared.
         self._free: dict[str, list[tuple[int, int, Block]]] = {"small": [], "large": []}
@@ -125,6 +138,22 @@ class CachingAllocator:
     def segments(self) -> list[Segment]:
         """In address order."""
         return [self._segments[address] for address in sorted(self._segments)]
+
+    def serve(self, request: Request) -> None:
+        """Takes, resizes or gives back what the request is about. Raises as `allocate`.
+
+        Resized, the new block is taken while the old one is there, for as long as the one is copied into the other
+        (resize_bytes_cuda in ATen/native/cuda/Resize.cpp).
+        """
+        old = self._served.get(request.key)
+        if request.nbytes == (old.requested if old else 0):
+            return
+        if request.nbytes:
+            self._served[request.key] = self.allocate(request.nbytes)
+        else:
+            del self._served[request.key]
+        if old:
+            self.free(old)
 
     def allocate(self, nbytes: int) -> Block:
         """Takes a block for `nbytes`. Raises OutOfMemory, and ValueError for a negative size."""

@@ -27,14 +27,14 @@ CPU = "cpu"
 LOWER_PRECISION = {
     "__matmul__", "__rmatmul__", "addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "chain_matmul", "conv1d",
     "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul", "mm",
-    "multi_dot", "mv", "prelu", "scaled_dot_product_attention", "unfold_conv2d",
+    "linalg_multi_dot", "mv", "prelu", "scaled_dot_product_attention", "unfold_conv2d",
 }  # fmt: skip
 FULL_PRECISION = {
     "__pow__", "__rdiv__", "__rpow__", "__rtruediv__", "acos", "asin", "cdist", "cosh", "cosine_similarity",
-    "cross_entropy", "cumprod", "cumsum", "dist", "erfinv", "exp", "expm1", "group_norm", "kl_div", "l1_loss",
-    "layer_norm", "log", "log10", "log1p", "log2", "log_softmax", "mse_loss", "nll_loss", "norm", "normalize",
-    "pow", "prod", "reciprocal", "renorm", "rsqrt", "sinh", "smooth_l1_loss", "softmax", "softmin", "softplus",
-    "sum", "tan",
+    "binary_cross_entropy_with_logits", "cross_entropy", "cumprod", "cumsum", "dist", "erfinv", "exp", "expm1",
+    "group_norm", "kl_div", "l1_loss", "layer_norm", "linalg_vector_norm", "log", "log10", "log1p", "log2",
+    "log_softmax", "mse_loss", "nll_loss", "norm", "normalize", "pow", "prod", "reciprocal", "renorm", "rsqrt",
+    "sinh", "smooth_l1_loss", "softmax", "softmin", "softplus", "sum", "tan",
 }  # fmt: skip
 
 
@@ -52,8 +52,7 @@ class StandIn(TorchFunctionMode):
 
     def __init__(self, role: str, *, amp: torch.dtype | None = None) -> None:
         super().__init__()
-        if role != CPU and role not in runtime.MULTIPROCESSORS:
-            raise ValueError(f"unknown role {role!r}; known: {CPU}, {', '.join(runtime.MULTIPROCESSORS)}")
+        _check(role)
         self.role, self.amp = role, amp
         self._casts: dict[Tensor, Tensor] = {}
 
@@ -105,8 +104,19 @@ def _raised(value: object) -> object:
 
 @contextlib.contextmanager
 def in_the_role_of(role: str, multiprocessors: int | None = None) -> Iterator[None]:
-    """While open, launchers on meta tensors take the buffers that they would take on `role`; see `runtime.planning`."""
-    name = runtime.INTERPRETER if role == CPU else role
-    target = runtime.Target(name, 1 if role == CPU else multiprocessors or runtime.MULTIPROCESSORS[role])
+    """While open, launchers on meta tensors take the buffers that they would take on `role`; see `runtime.planning`.
+
+    `multiprocessors` are the GPU's, by default those of the best-known one of its architecture. Raises ValueError for a
+    role that is unknown.
+    """
+    _check(role)
+    target = runtime.Target(runtime.INTERPRETER, 1)
+    if role != CPU:
+        target = runtime.Target(role, multiprocessors or runtime.MULTIPROCESSORS[role])
     with runtime.planning(target):
         yield
+
+
+def _check(role: str) -> None:
+    if role != CPU and role not in runtime.MULTIPROCESSORS:
+        raise ValueError(f"unknown role {role!r}; known: {CPU}, {', '.join(runtime.MULTIPROCESSORS)}")

@@ -9,11 +9,11 @@ figure is a range.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench.measure.account import Account, Change, ConvolutionCall, Mark, ReductionCall
-from bench.measure.allocator import Block, CachingAllocator, OutOfMemory
+from bench.measure.account import Account, ConvolutionCall, Mark, ReductionCall
+from bench.measure.allocator import CachingAllocator, OutOfMemory, Request
 from bench.measure.reduction import THREADS, buffers
 
 MIB = 2**20
@@ -41,6 +41,8 @@ class GpuKind:
     multiprocessors: int
     total: int
     """MiB that nvidia-smi shows as its memory, with error correction on where the board has it."""
+    kept: int | None = None
+    """MiB of it that the driver keeps for itself; None where it is not known, and DRIVERS_SHARE is assumed."""
 
 
 # Names are what --gpu and --fits take.
@@ -61,9 +63,13 @@ GPUS = {
 # 667 MB for one tensor (pytorch/pytorch#86509), "more than 1000 MB" before CUDA 11.7 (pytorch/pytorch#107667), 426 MiB
 # on an RTX 6000 Ada with CUDA 13. Measured by this lab: bench.memory of all models on an H100 (driver 580, CUDA 13.0,
 # PyTorch 2.11), where one tensor takes 610 MiB of it.
-LAZY_CONTEXT = Range(100 * MIB, 600 * MIB)
+LAZY_CONTEXT = Range(100 * MIB, 800 * MIB)
 MEASURED_CONTEXTS = {"sm_90": Range(742 * MIB, 760 * MIB)}
 EAGER_CONTEXT = Range(600 * MIB, 1_300 * MIB)
+
+# Percent of a board's memory that the driver keeps for itself: 480 of 81,559 MiB measured on an H100, and 451 of 15,360
+# on a T4, of which PyTorch names 14.56 GiB as the capacity.
+DRIVERS_SHARE = (0.6, 3.0)
 
 # PyTorch gives cuBLAS a workspace when a thread first multiplies matrices on a stream, and never takes it back. The
 # forward pass multiplies in its caller's thread, the backward pass in autograd's. Products with a bias go through
@@ -73,24 +79,41 @@ MATRIX_PRODUCTS = {"aten.addmm", "aten.mm", "aten.bmm", "aten.baddbmm"}
 
 # Of a convolution's operands and result together. Recorded on an H100 with cuDNN 9.19, float32: some of SimpleNet's and
 # ResNet18's convolutions take nothing, most as much as that and a little more, weight gradients up to a third more.
-CUDNN_WORKSPACES = (0.0, 1.0, 1.02, 1.1, 1.35)
+CUDNN_WORKSPACES = (0.0, 1.0, 1.02, 1.1, 1.2, 1.35, 1.6)
 DRAWS = 24
 """Ways in which cuDNN may choose that are tried: what it takes decides which blocks fit where afterwards."""
 
+
+def in_mib(span: Range) -> str:
+    """As "1,055-2,110 MiB", or "1,055 MiB" where it is none."""
+    ends = dict.fromkeys(f"{nbytes / MIB:,.0f}" for nbytes in (span.low, span.high))
+    return f"{'-'.join(ends)} MiB"
+
+
 ASSUMPTIONS = {
-    "context": "CUDA context with the code of loaded kernels: 742-760 MiB on Hopper, as measured on an H100, else "
-    "100-600 MiB, kernels loaded when first used (PyTorch 1.13 and later, CUDA 11.7 and later); 600-1,300 MiB where "
-    "all are loaded at the start, as before",
-    "cublas": "cuBLAS' workspace, once for each thread that multiplies matrices: 8.1 MiB, from Hopper on 32 MiB; "
-    "1 MiB for products with a bias",
+    "context": f"CUDA context with the code of loaded kernels: {in_mib(MEASURED_CONTEXTS['sm_90'])} on Hopper, as "
+    f"measured on an H100, else {in_mib(LAZY_CONTEXT)}, kernels loaded when first used (PyTorch 1.13 and later, CUDA "
+    f"11.7 and later). Where all are loaded at the start, as before, it is {in_mib(EAGER_CONTEXT)}, which the figures "
+    "leave out",
+    "cublas": "cuBLAS' workspace, once for each thread that multiplies matrices: "
+    f"{CUBLAS_WORKSPACE / MIB:.1f} MiB, from Hopper on {CUBLAS_WORKSPACE_SM_90 / MIB:.0f} MiB; "
+    f"{CUBLASLT_WORKSPACE / MIB:.0f} MiB for products with a bias",
     "cudnn": "cuDNN's workspace of one convolution: nothing, or as much as its operands and result together, or up to "
-    f"a third more; it decides what fits where afterwards, so the range is that over {DRAWS} random mixtures of these",
+    f"{CUDNN_WORKSPACES[-1]} times that; it decides what fits where afterwards, so the range is that over {DRAWS} "
+    "random mixtures of these",
 }
 
 
 def context_of(gpu: "GpuKind") -> Range:
     """What a context with lazily loaded kernels takes."""
     return MEASURED_CONTEXTS.get(gpu.arch, LAZY_CONTEXT)
+
+
+def room_on(gpu: "GpuKind") -> Range:
+    """Bytes that the allocator may reserve: what neither the driver nor the context takes."""
+    kept = [gpu.total * MIB * share / 100 for share in DRIVERS_SHARE] if gpu.kept is None else 2 * [gpu.kept * MIB]
+    context = context_of(gpu)
+    return Range(gpu.total * MIB - int(kept[1]) - context.high, gpu.total * MIB - int(kept[0]) - context.low)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +149,7 @@ Choice = Callable[[ConvolutionCall], int]
 
 
 def choices(account: Account) -> list[Choice]:
-    """What cuDNN may do by ASSUMPTIONS: take nothing, take the most, and DRAWS random mixtures of its ways."""
+    """What cuDNN may do by ASSUMPTIONS: everywhere the same of CUDNN_WORKSPACES, and DRAWS random mixtures of them."""
     if not any(isinstance(entry, ConvolutionCall) for entry in account.entries):
         return [_constant(0.0)]
     drawn = [_drawn(random.Random(seed)) for seed in range(DRAWS)]
@@ -146,67 +169,66 @@ def _drawn(draw: random.Random) -> Choice:
 def replay(account: Account, gpu: GpuKind, choose: Choice, capacity: int | None = None) -> CachingAllocator:
     """The allocator after all of the account's entries, its peaks being those of the step that counts.
 
-    The account's first phase is the forward pass. `capacity` is bytes that the allocator may reserve, or None for any.
-
-    Raises OutOfMemory where it would need more.
+    `capacity` is bytes that the allocator may reserve, or None for any. Raises OutOfMemory where it would need more.
     """
     allocator = CachingAllocator(capacity)
-    threads_seen: set[bool] = set()
-    is_forward = True  # until the first mark; what comes later is either the other thread or has its workspace
-    has_bias_products = False
-    blocks: dict[int, tuple[int, Block]] = {}
-    for index, entry in enumerate(account.entries):
+    for index, asked in enumerate(requests(account, gpu, choose)):
         if index == account.start:
             allocator.reset_peaks()
-        if isinstance(entry, Mark):
-            is_forward = False
-        elif isinstance(entry, ConvolutionCall):
-            allocator.free(allocator.allocate(choose(entry)))
-        elif isinstance(entry, ReductionCall):
-            _reduce(entry, gpu, allocator)
-        else:
-            _change(entry, blocks, allocator)
-            if entry.operator in MATRIX_PRODUCTS and is_forward not in threads_seen:
-                threads_seen.add(is_forward)
-                allocator.allocate(CUBLAS_WORKSPACE_SM_90 if _generation(gpu) >= 90 else CUBLAS_WORKSPACE)
-            if entry.operator == "aten.addmm" and not has_bias_products:
-                has_bias_products = True
-                allocator.allocate(CUBLASLT_WORKSPACE)
+        for request in asked:
+            allocator.serve(request)
     return allocator
 
 
-def _generation(gpu: GpuKind) -> int:
-    return int(gpu.arch.removeprefix("sm_"))
+def requests(account: Account, gpu: GpuKind, choose: Choice) -> Iterator[list[Request]]:
+    """What each entry asks of the allocator, libraries included; the account's first phase is the forward pass.
+
+    Keys are the numbers of storages, and tuples for what libraries take.
+    """
+    threads_seen: set[bool] = set()
+    is_forward = True  # until the first mark; what comes later is either the other thread or has its workspace
+    has_bias_products = False
+    hopper = int(gpu.arch.removeprefix("sm_")) >= 90
+    for entry in account.entries:
+        asked: list[Request] = []
+        if isinstance(entry, Mark):
+            is_forward = False
+        elif isinstance(entry, ConvolutionCall):
+            asked += _for_the_time(("cuDNN's workspace (assumed)", entry.module), choose(entry))
+        elif isinstance(entry, ReductionCall):
+            threads = THREADS[gpu.arch]
+            taken = buffers(
+                entry.results, entry.terms, entry.element, multiprocessors=gpu.multiprocessors, threads=threads
+            )
+            asked += _for_the_time(("reduction's buffers", entry.module), taken.staging, taken.semaphores)
+        else:
+            asked.append(Request(entry.storage, entry.nbytes, (entry.operator, entry.module, entry.category)))
+            if entry.operator in MATRIX_PRODUCTS and is_forward not in threads_seen:
+                threads_seen.add(is_forward)
+                label = ("cuBLAS' workspace (assumed)", "forward" if is_forward else "backward")
+                asked.append(Request(label, CUBLAS_WORKSPACE_SM_90 if hopper else CUBLAS_WORKSPACE, label))
+            if entry.operator == "aten.addmm" and not has_bias_products:
+                has_bias_products = True
+                label = ("cuBLASLt's workspace (assumed)",)
+                asked.append(Request(label, CUBLASLT_WORKSPACE, label))
+        yield asked
 
 
-def _reduce(entry: ReductionCall, gpu: GpuKind, allocator: CachingAllocator) -> None:
-    taken = buffers(
-        entry.results, entry.terms, entry.element, multiprocessors=gpu.multiprocessors, threads=THREADS[gpu.arch]
-    )
-    blocks = [allocator.allocate(nbytes) for nbytes in (taken.staging, taken.semaphores)]
-    for block in reversed(blocks):
-        allocator.free(block)
-
-
-def _change(entry: Change, blocks: dict[int, tuple[int, Block]], allocator: CachingAllocator) -> None:
-    nbytes, block = blocks.get(entry.storage, (0, None))
-    if entry.nbytes == nbytes:
-        return
-    if block is not None:
-        allocator.free(block)
-        del blocks[entry.storage]
-    if entry.nbytes:
-        blocks[entry.storage] = entry.nbytes, allocator.allocate(entry.nbytes)
+def _for_the_time(label: tuple[str, ...], *sizes: int) -> list[Request]:
+    """Buffers that are taken, and given back before anything else happens."""
+    taken = [Request((*label, place), nbytes, label) for place, nbytes in enumerate(sizes) if nbytes]
+    return taken + [Request(request.key, 0) for request in reversed(taken)]
 
 
 def fits(account: Account, gpu: GpuKind, *, pessimistic: bool) -> bool:
-    """Whether the account's steps fit on an empty GPU.
+    """Whether the account's steps fit on a GPU that nobody else uses.
 
-    Pessimistic is with the largest context, whatever cuDNN chooses; else it is with the smallest, if cuDNN chooses
-    well.
+    Pessimistic is with the least room, whatever cuDNN chooses; else it is with the most, if cuDNN chooses well.
     """
-    context = context_of(gpu).high if pessimistic else context_of(gpu).low
-    outcomes = (_has_room(account, gpu, choose, gpu.total * MIB - context) for choose in choices(account))
+    room = room_on(gpu)
+    outcomes = (
+        _has_room(account, gpu, choose, room.low if pessimistic else room.high) for choose in choices(account)
+    )
     return all(outcomes) if pessimistic else any(outcomes)
 
 
@@ -223,7 +245,9 @@ def largest_batch(account_of: Callable[[int], Account], gpu: GpuKind, *, pessimi
 
     Found by bisection, as if whatever is larger than a batch that does not fit did not fit either.
     """
-    fitting, failing = 0, least
+    if not fits(account_of(least), gpu, pessimistic=pessimistic):
+        return 0
+    fitting, failing = least, 2 * least
     while fits(account_of(failing), gpu, pessimistic=pessimistic):
         fitting, failing = failing, 2 * failing
     while failing - fitting > 1:

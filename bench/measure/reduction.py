@@ -34,14 +34,14 @@ def buffers(results: int, terms: int, element: int, *, multiprocessors: int, thr
     element  bytes of what is added up in: 4, or 8 for float64
     threads  that a multiprocessor holds
     """
+    if results == 0 or terms < MOST_VALUES:
+        return Buffers(0, 0)
     at_once = next(count for count in (4, 2, 1) if results % count == 0)
     most = MOST_THREADS // at_once
     columns, rows = (_power_of_two(min(size, most)) for size in (results // at_once, terms))
     width = min(columns, WARP)
     height = min(rows, most // width)
     width = min(columns, most // height)
-    if terms < min(LEAST_VALUES * height, MOST_VALUES):
-        return Buffers(0, 0)  # a warp has results of its own, and its threads columns
     values = -(-terms // height)
     grid = -(-results // (width * at_once))
     blocks = multiprocessors * (threads // (width * height))

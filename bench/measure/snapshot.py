@@ -1,93 +1,80 @@
 """A predicted memory history in the form of torch.cuda.memory._snapshot(), for PyTorch's viewer of such histories.
 
-    changes = [
-        Change(0, 9408 * 4, ("conv1.weight", "parameters")),
-        Change(1, 2**30, ("aten.im2col", "conv1", "saved for backward")),
-        Change(1, 0),
+    requests = [
+        Request(0, 9408 * 4, ("conv1.weight", "parameters")),
+        Request(1, 2**30, ("aten.im2col", "conv1", "saved for backward")),
+        Request(1, 0),
     ]
-    write(Path("step.pickle"), snapshot(changes, title="resnet18, batch 128"))
+    with open("step.pickle", "wb") as file:
+        write(file, snapshot(requests, title="resnet18, batch 128"))
 
 The file, dragged into https://pytorch.org/memory_viz, opens as the "Active Memory Timeline": every storage is a band
 as high as its bytes, and pointing at one shows its label, where a recorded history has the call stack. "Allocator
 State History" shows the segments that the allocator would hold, and the gaps in them.
 
-Changes are replayed through CachingAllocator. Nothing is recorded by a GPU, and every event says so. The viewer's
-times are positions in the sequence of changes, not times.
+Requests are replayed through CachingAllocator. Nothing is recorded by a GPU, and every event says so. The viewer's
+times are positions in the sequence of requests, not times.
 """
 
 import pickle
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Hashable, Iterable
+from typing import BinaryIO
 
-from bench.measure.allocator import Block, CachingAllocator, Segment
+from bench.measure.allocator import Block, CachingAllocator, Request, Segment
 
 PREDICTED = "predicted, not recorded by a GPU"
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A storage of now `nbytes` bytes: made, resized, or freed."""
+def snapshot(requests: Iterable[Request], *, title: str) -> dict:
+    """The history of `requests` and what is left after the last, as torch.cuda.memory._snapshot() gives them.
 
-    storage: int
-    """Tells storages apart; one that was freed may be used again."""
-    nbytes: int
-    """0 for one that is freed."""
-    label: tuple[str, ...] = ()
-    """What it is, the narrowest name first, as a call stack has its innermost frame first. Not needed for a free."""
-
-
-def snapshot(changes: Iterable[Change], *, title: str, capacity: int | None = None) -> dict:
-    """The history of `changes` and what is left after the last, as torch.cuda.memory._snapshot() gives them.
-
-    `title` is the outermost frame of everything. `capacity` is that of CachingAllocator, in bytes; raises OutOfMemory
-    where it does not suffice.
+    `title` is the outermost frame of everything.
     """
-    replay = _Replay(title, capacity)
-    for change in changes:
-        replay.apply(change)
+    replay = _Replay(title)
+    for request in requests:
+        replay.serve(request)
     return replay.snapshot()
 
 
-def write(path: Path, snapshot: dict) -> None:
-    """Writes the file that the viewer opens."""
+def write(file: BinaryIO, snapshot: dict) -> None:
+    """Writes what the viewer opens."""
     # Protocol 4 is the newest that the viewer reads; later Pythons than 3.13 would write 5.
-    path.write_bytes(pickle.dumps(snapshot, protocol=4))
+    pickle.dump(snapshot, file, protocol=4)
 
 
 class _Replay:
     """A snapshot in the making. Keys and names of actions are PyTorch's."""
 
-    def __init__(self, title: str, capacity: int | None) -> None:
+    def __init__(self, title: str) -> None:
         self.note = f"{title} ({PREDICTED})"
-        self.allocator = CachingAllocator(capacity, on_segment=self.segment_changed)
+        self.allocator = CachingAllocator(on_segment=self.segment_changed)
         self.events: list[dict] = []
         self.time = 0
         self.label: tuple[str, ...] = ()
-        """Of the change that is being applied."""
-        self.live: dict[int, Block] = {}
+        """Of the request that is being served."""
+        self.live: dict[Hashable, Block] = {}
         self.block_labels: dict[int, tuple[str, ...]] = {}
         """By address, of the blocks that are taken."""
         self.segment_labels: dict[int, tuple[str, ...]] = {}
         self.frames_of: dict[tuple[str, ...], list[dict]] = {}
 
-    def apply(self, change: Change) -> None:
-        old = self.live.get(change.storage)
-        if old is None or change.nbytes != old.requested:
-            self.label = change.label
-            # As resize_bytes_cuda in ATen/native/cuda/Resize.cpp: both are there for as long as the one is copied.
-            if change.nbytes != 0:
-                self.take(change)
+    def serve(self, request: Request) -> None:
+        """As CachingAllocator.serve, with an event for each thing that happens."""
+        old = self.live.get(request.key)
+        if old is None or request.nbytes != old.requested:
+            self.label = request.label
+            if request.nbytes != 0:
+                self.take(request)
             elif old is not None:
-                del self.live[change.storage]
+                del self.live[request.key]
             if old is not None:
                 self.give_back(old)
         self.time += 1
 
-    def take(self, change: Change) -> None:
-        block = self.live[change.storage] = self.allocator.allocate(change.nbytes)
-        self.block_labels[block.address] = change.label
-        self.event("alloc", block.address, change.nbytes, change.label)
+    def take(self, request: Request) -> None:
+        block = self.live[request.key] = self.allocator.allocate(request.nbytes)
+        self.block_labels[block.address] = request.label
+        self.event("alloc", block.address, request.nbytes, request.label)
 
     def give_back(self, block: Block) -> None:
         # Going back in time, the viewer names what was there by the frames of the event that freed it.

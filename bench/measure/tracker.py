@@ -13,13 +13,16 @@ are seen through a dispatch mode, frees through weak references, what autograd k
 and the buffers of Triton launchers, which no mode sees, through `kernels.runtime.on_allocate`.
 
 Counted are bytes of storages. Not counted: what an allocator rounds up or keeps, what a library (cuDNN, oneDNN) or
-Triton's interpreter takes inside one operator and returns, the CUDA context, and storages of other devices.
+Triton's interpreter takes inside one operator and returns, the CUDA context, storages of other devices, and operators
+of other threads than the one that opened the tracker and autograd's for it. What a checkpoint recomputes counts as
+temporary, for its own hooks stand in front of the tracker's.
 """
 
 import contextlib
 import itertools
+import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -38,15 +41,14 @@ from bench.measure.account import (
     WORKSPACE,
     Account,
     Change,
-    ConvolutionCall,
     Entry,
     Mark,
-    ReductionCall,
 )
+from bench.measure.operators import adds_up_gradients, calls, unseen_bytes
 from kernels import runtime
 
-# A library computes them on a GPU, one convolution for each 4-D result, with a workspace of its own.
-CONVOLUTIONS = ("aten.convolution", "aten.convolution_backward")
+NODES = 100_000
+"""Of so many of autograd's nodes the modules are kept at least: several steps of the largest models."""
 
 
 class _Storage:
@@ -74,10 +76,10 @@ class _Storage:
 class _Saved:
     """A tensor that autograd keeps; the storage counts as saved for as long as this object lives."""
 
-    __slots__ = ("storage", "tensor", "tracker")
+    __slots__ = ("storage", "tensor", "tracker", "version")
 
     def __init__(self, tracker: "Tracker", tensor: torch.Tensor) -> None:
-        self.tracker, self.tensor = tracker, tensor
+        self.tracker, self.tensor, self.version = tracker, tensor, tensor._version
         self.storage = tracker._keep(tensor)
 
     def __del__(self) -> None:
@@ -97,15 +99,19 @@ class _Operators(TorchDispatchMode):
         tracker._settle()
         for tensor in _tensors((args, kwargs)):
             tracker._see(tensor, INPUT)
-        result = func(*args, **kwargs)
+        tracker._thread = threading.get_ident()
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            tracker._thread = None
         operator = func._schema.name.replace("::", ".")
-        if _adds_up_gradients(func, args, result):
+        if adds_up_gradients(func, args, result):
             tracker._see_sum(args[0], result, operator)
             return result
         for tensor in _tensors(result):
-            tracker._see(tensor, TEMPORARY, operator, _unseen_bytes(func, args, tensor))
-            if tensor.device.type == tracker.device.type:
-                tracker._entries.extend(_calls(operator, tracker._module(), args, tensor))
+            tracker._see(tensor, TEMPORARY, operator, unseen_bytes(func, args, tensor))
+            if tracker._counts(tensor):
+                tracker._entries.extend(calls(operator, tracker._module(), args, tensor))
         return result
 
 
@@ -139,71 +145,13 @@ class _Modules:
         name, first = self.running.pop()
         for number in range(first, torch._C._autograd._get_sequence_nr()):
             self.owners.setdefault(number, name or OUTSIDE)  # inner modules end before outer ones
+        if not self.running and len(self.owners) > 2 * NODES:
+            for number in list(self.owners)[:-NODES]:
+                del self.owners[number]
 
 
 def _tensors(tree: object) -> Iterable[torch.Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
-
-
-def _adds_up_gradients(func: torch._ops.OpOverload, args: tuple, result: object) -> bool:
-    """Whether this may be autograd that adds a gradient to an earlier one of the same tensor.
-
-    It does so in place if nobody else holds the earlier one, but never where a dispatch mode looks on.
-    """
-    return (
-        func is torch.ops.aten.add.Tensor
-        and torch._C._current_autograd_node() is not None
-        and not torch.is_grad_enabled()
-        and isinstance(args[1], torch.Tensor)
-        and args[0].shape == result.shape
-        and args[0].dtype == result.dtype
-    )
-
-
-def _calls(
-    operator: str, module: str, args: tuple, result: torch.Tensor
-) -> Iterator[ConvolutionCall | ReductionCall]:
-    """What a GPU's kernel of this operator may have taken besides."""
-    if operator in CONVOLUTIONS and result.dim() == 4:
-        yield ConvolutionCall(operator, module, _convolved_bytes(args, result))
-    elif operator == "aten.sum" and len(args) > 1 and args[1] and _lie_side_by_side(args[0], args[1]):
-        element = torch.promote_types(result.dtype, torch.float32).itemsize
-        yield ReductionCall(operator, module, result.numel(), args[0].numel() // result.numel(), element)
-
-
-def _lie_side_by_side(tensor: torch.Tensor, dims: Sequence[int]) -> bool:
-    """Whether the sums over `dims` lie as their terms do: a step of one in memory is a step to the next sum."""
-    summed = {dim % tensor.dim() for dim in dims}
-    kept = [dim for dim in range(tensor.dim()) if dim not in summed and tensor.size(dim) > 1]
-    reached = 1
-    for stride, size in sorted((tensor.stride(dim), tensor.size(dim)) for dim in kept):
-        if stride != reached:
-            return False
-        reached *= size
-    return reached > 1
-
-
-def _convolved_bytes(args: tuple, result: torch.Tensor) -> int:
-    """Bytes of a convolution's two operands and its result.
-
-    The first arguments are x and w, or dy, x and w, of which a gradient's own counterpart is no operand: its shape is
-    the result's.
-    """
-    tensors = [arg for arg in args[:3] if isinstance(arg, torch.Tensor) and arg.dim() == 4]
-    if len(tensors) == 3:
-        tensors = [tensor for tensor in tensors if tensor.shape != result.shape or tensor is tensors[0]]
-    return result.nbytes + sum(tensor.nbytes for tensor in tensors)
-
-
-def _unseen_bytes(func: torch._ops.OpOverload, args: tuple, result: torch.Tensor) -> int:
-    """Bytes by which a real device's result is larger than its meta twin.
-
-    `fold` and `unfold` alone: their CPU and CUDA kernels first take a result as large as their argument, and then
-    change its shape, for which a storage that is too large is kept.
-    """
-    if func in (torch.ops.aten.col2im.default, torch.ops.aten.im2col.default) and result.is_meta:
-        return max(0, args[0].nbytes - result.untyped_storage().nbytes())
-    return 0
 
 
 class Tracker:
@@ -226,6 +174,8 @@ class Tracker:
         self._paths: dict[torch.Tensor, str] = {}
         self._modules = _Modules()
         self._open: contextlib.ExitStack | None = None
+        self._thread: int | None = None
+        """Whose operator runs just now, and so whose launchers' buffers are this tracker's."""
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Counts the model's parameters, buffers and gradients, and the optimizer's state, as what they are.
@@ -279,6 +229,9 @@ class Tracker:
         return self.account.peak.by_category()
 
     def __enter__(self) -> "Tracker":
+        """Raises RuntimeError if it is open already."""
+        if self._open is not None:
+            raise RuntimeError("this Tracker is open already")
         with contextlib.ExitStack() as opening:
             for model, optimizer in self._watched:
                 self._attach(model, optimizer, opening)
@@ -318,7 +271,13 @@ class Tracker:
                 self._label(tensor, OPTIMIZER, self._paths.get(parameter))
 
     def _workspace_taken(self, nbytes: int, what: str, tensor: torch.Tensor) -> None:
-        self._see(tensor, WORKSPACE, what)
+        if threading.get_ident() == self._thread:
+            self._see(tensor, WORKSPACE, what)
+
+    def _counts(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor lies on the device: on any of its type, unless it was named with a number."""
+        theirs, ours = tensor.device, self.device
+        return theirs.type == ours.type and ours.index in (None, theirs.index)
 
     def _module(self) -> str:
         return self._modules.current()
@@ -335,7 +294,7 @@ class Tracker:
         self, tensor: torch.Tensor, category: str, operator: str = "", unseen: int = 0
     ) -> _Storage | None:
         """The record of a tensor's storage, made as `category` if it is new; None for other devices' tensors."""
-        if tensor.device.type != self.device.type:
+        if not self._counts(tensor):
             return None
         storage = tensor.untyped_storage()
         record = self._live.get(storage._cdata)
@@ -382,6 +341,8 @@ class Tracker:
             self._recount(record, record.nbytes)
 
     def _freed(self, key: int) -> None:
+        if self._sum is not None and self._live[key] not in self._sum:
+            self._settle()  # a term of the sum goes before the earlier gradient does, which therefore stays
         freed = self._live.pop(key)
         if self._sum is not None and freed is self._sum[0]:
             record = self._sum[1]
@@ -389,8 +350,6 @@ class Tracker:
             record.number, record.entered = freed.number, freed.entered
             self._recount(record, record.nbytes)
             return
-        if self._sum is not None and freed is self._sum[1]:
-            self._sum = None
         self._recount(freed, 0)
 
     def _change(self, record: _Storage) -> Change:
@@ -414,4 +373,10 @@ class Tracker:
 
 
 def _unpack(saved: _Saved) -> torch.Tensor:
+    # Which autograd checks itself only of what no hook packed.
+    if saved.tensor._version != saved.version:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(saved.tensor.shape)} that the backward pass needs was changed in place: it is at "
+            f"version {saved.tensor._version}, expected {saved.version}"
+        )
     return saved.tensor

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import functools
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -12,22 +11,22 @@ import models
 from bench.conditions import conditions
 from bench.measure import snapshot
 from bench.measure.account import Account
-from bench.measure.nvml import GpuMemory, NvmlUnavailable
-from bench.measure.predict import GPUS, MIB, GpuKind, largest_batch, predict
+from bench.measure.predict import GPUS, GpuKind, largest_batch, predict
 from bench.memory import measured
-from bench.memory.console import print_report
+from bench.memory.console import print_overview, print_report
 from bench.memory.figure import draw
 from bench.memory.history import history
 from bench.memory.live import follow
 from bench.memory.report import Result, make_report
-from bench.memory.step import Step, rehearse
+from bench.memory.step import NUM_CLASSES, STEPS, Step, rehearse
 from train import writeup
 from train.cli import Parser, UserError, number, path, run_command
-from train.files import write_json
+from train.files import atomic_write, write_json
 from train.loop import AMP_DTYPES
 
-STEPS = 3
-"""Steps that are rehearsed: the optimiser's state comes with the first, and the allocator settles with the second."""
+ALL = "all"
+LEAST_IMAGES = 2
+"""A step of one image is refused by batch norms that have nothing to normalise by."""
 
 DESCRIPTION = """\
 Account for the memory of a training step (forward, loss, backward, the write-up's optimiser): by whom it is taken, for
@@ -38,7 +37,8 @@ the real step runs on it too, each convolution in a process of its own, and the 
 
 EXAMPLES = """
 examples:
-  python -m bench.memory simplenet                      all, batch 256, 128 px
+  python -m bench.memory simplenet           all convolutions, batch 256, 128 px
+  python -m bench.memory all                 all models, in one table
   python -m bench.memory resnet18 --conv torch triton --amp fp16 --gpu a100-40gb
   python -m bench.memory simplenet --fits t4            the largest batch
   python -m bench.memory simplenet --timeline step.png  over one step, a picture
@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     whole, kinds = number(int, above=0), ", ".join(GPUS)
-    add("model", choices=list(models.MODELS), help="whose training step")
+    add("model", choices=[*models.MODELS, ALL], help="whose training step")
     add("--conv", nargs="+", choices=list(models.CONVOLUTIONS), help="convolutions (default: all)")
     add("--batch-size", type=whole, default=writeup.BATCH_SIZE, metavar="N", help="images a step (256)")
     add("--image-size", type=number(int, least=8), default=writeup.IMAGE_SIZE, metavar="N", help="side in pixels (128)")
@@ -81,37 +81,45 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def command(arguments: argparse.Namespace) -> None:
-    convolutions = list(dict.fromkeys(arguments.conv or models.CONVOLUTIONS))
-    steps = {
-        conv: Step(
-            model=arguments.model, conv=conv, batch_size=arguments.batch_size, image_size=arguments.image_size,
-            amp=arguments.amp,
+    check(arguments)
+    names = list(models.MODELS) if arguments.model == ALL else [arguments.model]
+    convolutions = dict.fromkeys(arguments.conv or models.CONVOLUTIONS)
+    steps = [
+        Step(
+            model=name, conv=conv, batch_size=arguments.batch_size, image_size=arguments.image_size, amp=arguments.amp
         )
+        for name in names
         for conv in convolutions
-    }
-    check(arguments, steps)
+    ]
+    for step in steps:
+        require_model(step)
     console = Console(highlight=False)
-    try:
-        live(console, arguments, steps) if arguments.live else report(console, arguments, steps)
-    except ValueError as error:  # the model does not take such images, or one alone
-        raise UserError(f"{arguments.model}, {arguments.batch_size} images a step: {error}") from error
+    if arguments.live:
+        live(console, arguments, steps[0])
+    else:
+        report(console, arguments, steps)
 
 
-def check(arguments: argparse.Namespace, steps: dict[str, Step]) -> None:
+def check(arguments: argparse.Namespace) -> None:
     """Raises UserError for what can be known to be wrong before anything is computed."""
     if arguments.batch_size * arguments.image_size**2 > 2**48:
         raise UserError(f"{arguments.batch_size} images of {arguments.image_size} px are beyond any machine")
-    for flag in ("json", "timeline", "snapshot"):
-        file: Path | None = getattr(arguments, flag)
-        if file is not None and file.is_dir():
+    files = {flag: file for flag in ("json", "timeline", "snapshot") if (file := getattr(arguments, flag)) is not None}
+    for flag, file in files.items():
+        if file.is_dir():
             raise UserError(f"--{flag} {file} is a folder; name a file")
-        if file is not None and not file.parent.is_dir():
+        if not file.parent.is_dir():
             raise UserError(f"--{flag} {file}: there is no folder {file.parent}")
+        if any(file.absolute() == other.absolute() for name, other in files.items() if name != flag):
+            raise UserError(f"--{flag} {file} would be written over by another of the files asked for")
     if arguments.gpu and arguments.fits and arguments.gpu != arguments.fits:
         raise UserError(f"--fits {arguments.fits} predicts for that GPU; leave out --gpu {arguments.gpu}")
     for flag in ("live", "snapshot"):
-        if getattr(arguments, flag) and len(steps) > 1:
+        if getattr(arguments, flag) and len(set(arguments.conv or models.CONVOLUTIONS)) > 1:
             raise UserError(f"--{flag} is of one convolution; name it, as in --conv torch")
+    for flag in ("live", "snapshot", "timeline"):
+        if getattr(arguments, flag) and arguments.model == ALL:
+            raise UserError(f"--{flag} is of one model; name it instead of {ALL}")
     if arguments.steps is not None and not arguments.live:
         raise UserError("--steps is for --live")
     if arguments.live:
@@ -120,69 +128,79 @@ def check(arguments: argparse.Namespace, steps: dict[str, Step]) -> None:
                 raise UserError(f"--{flag} is predicted; leave it out with --live")
 
 
-def live(console: Console, arguments: argparse.Namespace, steps: dict[str, Step]) -> None:
+def require_model(step: Step) -> None:
+    """Raises UserError for a model that does not take such images, or so few a step."""
+    size = step.image_size
+    with torch.device("meta"):
+        try:
+            models.build(step.model, "torch", NUM_CLASSES, size)(torch.empty(step.batch_size, 3, size, size))
+        except ValueError as error:
+            raise UserError(f"{step.model}, {step.batch_size} images a step: {error}") from error
+
+
+def live(console: Console, arguments: argparse.Namespace, step: Step) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    (step,) = steps.values()
     seen = follow(console, step, arguments.steps or 10, device)
     if arguments.json is not None:
         write_json(arguments.json, dataclasses.asdict(step) | seen | {"conditions": conditions(device)})
 
 
-def report(console: Console, arguments: argparse.Namespace, steps: dict[str, Step]) -> None:
+def report(console: Console, arguments: argparse.Namespace, steps: list[Step]) -> None:
     found, reason = None, "--predict"
     if not arguments.predict:
         try:
             found = measured.find_gpu()
-        except NvmlUnavailable as error:
+        except measured.NoGpu as error:
             reason = str(error)
-    gpu = GPUS[arguments.fits or arguments.gpu] if arguments.fits or arguments.gpu else kind_of(found)
-    results = {}
-    for conv, step in steps.items():
-        with console.status(f"{step.model}, {conv} convolution"):
+    gpu = GPUS[arguments.fits or arguments.gpu] if arguments.fits or arguments.gpu else found or GPUS["t4"]
+    results: dict[str, dict[str, Result]] = {}
+    for step in steps:
+        with console.status(f"{step.model}, {step.conv} convolution"):
             account = rehearsed(step, gpu)
-            results[conv] = Result(
+            results.setdefault(step.model, {})[step.conv] = Result(
                 step=step,
                 account=account,
                 prediction=predict(account, gpu),
                 measured=measured.measure(step) if found else None,
                 largest_batch=find_largest(step, gpu) if arguments.fits else None,
             )
-    made = make_report(results, gpu, found, reason)
-    title = f"{arguments.model}, batch {arguments.batch_size}, {arguments.image_size} px, {made['dtype']}"
+    reports = [make_report(of_model, gpu, found, reason) for of_model in results.values()]
+    write_files(arguments, next(iter(results.values())), reports, gpu)
+    if len(reports) == 1:
+        print_report(console, reports[0])
+    else:
+        print_overview(console, reports)
+
+
+def write_files(
+    arguments: argparse.Namespace, results: dict[str, Result], reports: list[dict], gpu: GpuKind
+) -> None:
+    """--json of all reports, --timeline and --snapshot of the `results` of the only model."""
+    title = f"{arguments.model}, batch {arguments.batch_size}, {arguments.image_size} px, {reports[0]['dtype']}"
     if arguments.json is not None:
-        write_json(arguments.json, made)
+        write_json(arguments.json, reports[0] if len(reports) == 1 else {"reports": reports})
     if arguments.timeline is not None:
         accounts = {conv: result.account for conv, result in results.items()}
         draw(arguments.timeline, accounts, f"{title}\npredicted, for one {gpu.name}")
     if arguments.snapshot is not None:
         (result,) = results.values()
-        snapshot.write(arguments.snapshot, history(result.account, f"{title}, {result.step.conv} convolution"))
-    print_report(console, made)
+        title = f"{title}, {result.step.conv} convolution, one {gpu.name}"
+        with atomic_write(arguments.snapshot) as file:
+            snapshot.write(file, history(result.account, gpu, title))
 
 
 def rehearsed(step: Step, gpu: GpuKind) -> Account:
     return rehearse(step, gpu.arch, multiprocessors=gpu.multiprocessors, steps=STEPS)
 
 
-def kind_of(found: GpuMemory | None) -> GpuKind:
-    """The GPU at hand as a kind to predict for, or the write-up's T4."""
-    if found is None:
-        return GPUS["t4"]
-    properties = torch.cuda.get_device_properties(0)
-    arch = f"sm_{properties.major}{properties.minor}"
-    total = found.total // MIB
-    return GpuKind(name=found.name, arch=arch, multiprocessors=properties.multi_processor_count, total=total)
-
-
 def find_largest(step: Step, gpu: GpuKind) -> dict[str, int]:
     """Result.largest_batch"""
-    least = 2  # batch norms refuse one image alone
 
     @functools.cache
     def account_of(batch: int) -> Account:
         return rehearsed(dataclasses.replace(step, batch_size=batch), gpu)
 
     return {
-        name: largest_batch(account_of, gpu, pessimistic=pessimistic, least=least)
+        name: largest_batch(account_of, gpu, pessimistic=pessimistic, least=LEAST_IMAGES)
         for name, pessimistic in (("surely", True), ("perhaps", False))
     }

@@ -1,6 +1,6 @@
 """The report on the console: one table over the convolutions, a bar a phase, a tree of the peak, and words."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -10,54 +10,92 @@ from rich.text import Text
 from rich.tree import Tree
 
 from bench.measure.account import CATEGORIES, INPUT, OPTIMIZER, OUTSIDE, PARAMETERS
-from bench.measure.predict import MIB
+from bench.measure.predict import MIB, Range, in_mib
 from bench.memory.colours import COLOURS
-from bench.memory.words import in_mib
 
-MOST_BRANCHES = 4
+MOST_BRANCHES = 6
 """Modules of one category in the tree; the others are told in one line."""
 LEAST_SHARE = 0.01
-"""Of the peak, for a category to have branches."""
+"""Of the peak, for a category or a module to have a line."""
 
 
 def print_report(console: Console, report: dict) -> None:
+    """All that is known of one model."""
     entries = report["convolutions"]
-    console.print(
-        f"[bold]{report['model']}[/bold]: memory of a training step in MiB, batch {report['batch_size']}, "
-        f"{report['image_size']} px, {report['dtype']}, the write-up's optimiser"
-    )
-    console.print(f"{report['label']}; for one {report['gpu']['name']}")
+    print_heading(console, [report])
     console.print(figures(report))
-    for line in notes(report):
+    for line in notes([report]):
         console.print(line)
     console.print("\n[bold]the peak of each phase[/bold]")
-    console.print(bars(entries, console.width))
+    console.print(bars(entries, console.width, with_letters=console.color_system is None))
+    told: dict[str, list] = {}
     for conv, entry in entries.items():
-        console.print(tree(conv, entry))
-    for told in explanations(report):
-        console.print(told)
+        same = next((other for other, lines in told.items() if lines == branches(entry)), None)
+        told[conv] = branches(entry)
+        if same:
+            console.print(f"\n[bold]{conv}[/bold]: {mib(entry['peak'])} at the peak, the same as with {same}")
+        else:
+            console.print(tree(conv, entry))
+    for text in explanations(report):
+        console.print(text)
+
+
+def print_overview(console: Console, reports: Sequence[dict]) -> None:
+    """A line for each model and convolution."""
+    print_heading(console, reports)
+    has_batches = any(entry["largest_batch"] for report in reports for entry in report["convolutions"].values())
+    measured = reports[0]["measured_on"]
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("model", "conv"):
+        table.add_column(name)
+    columns = ["live at\nthe peak", "the process,\npredicted"]
+    columns += ["largest\nbatch"] if has_batches else []
+    columns += ["measured\nby NVML"] if measured else []
+    for name in [*columns, "the write-\nup's T4*"]:
+        table.add_column(name, justify="right")
+    for report in reports:
+        for conv, entry in report["convolutions"].items():
+            cells = [mib(entry["peak"]), span(entry["process"])]
+            cells += [batches(entry["largest_batch"])] if has_batches else []
+            cells += [measured_cell(entry["measured"], "nbytes")] if measured else []
+            first = conv == next(iter(report["convolutions"]))
+            table.add_row(report["model"] if first else "", conv, *cells, whole(entry["writeup_nvidia_smi_mib"]))
+        table.add_section()
+    console.print(table)
+    for line in notes(reports):
+        console.print(line)
+
+
+def print_heading(console: Console, reports: Sequence[dict]) -> None:
+    first = reports[0]
+    console.print(
+        f"[bold]{', '.join(report['model'] for report in reports)}[/bold]: memory of a training step in MiB, batch "
+        f"{first['batch_size']}, {first['image_size']} px, {first['dtype']}, the write-up's optimiser"
+    )
+    console.print(f"{first['label']}; for one {first['gpu']['name']}")
 
 
 def figures(report: dict) -> Table:
+    """The table over the convolutions."""
     entries = report["convolutions"]
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("at the peak")
     for conv in entries:
         table.add_column(conv, justify="right")
 
-    def row(name: str, cell, *, style: str = "") -> None:
+    def row(name: str, cell: Callable[[dict], str], *, style: str = "") -> None:
         table.add_row(name, *(cell(entry) for entry in entries.values()), style=style)
 
     for category in CATEGORIES:
         row(category, lambda entry, category=category: mib(entry["at_peak"][category]))
     table.add_section()
     row("peak, all together", lambda entry: mib(entry["peak"]), style="bold")
-    if "torch" in entries:
-        row("times torch's", lambda entry: f"{entry['ratio_to_torch']:.2f}")
+    if len(entries) > 1:
+        row(f"times {report['reference']}'s", lambda entry: f"{entry['ratio']:.2f}")
     table.add_section()
     row("allocated, rounded up", lambda entry: span(entry["allocated"]))
     row("reserved by the allocator", lambda entry: span(entry["reserved"]))
-    row("+ CUDA context (assumed)", lambda entry: span(entry["context"]))
+    row("+ CUDA context (see below)", lambda entry: span(entry["context"]))
     row("= the process in nvidia-smi", lambda entry: span(entry["process"]), style="bold")
     if any(entry["largest_batch"] for entry in entries.values()):
         table.add_section()
@@ -76,28 +114,37 @@ def figures(report: dict) -> Table:
     return table
 
 
-def notes(report: dict) -> list[str]:
-    entries = report["convolutions"].values()
-    lines = [f"Assumed: {text}." for text in report["assumptions"].values()]
+def notes(reports: Sequence[dict]) -> list[str]:
+    """What stands under a table: assumptions, and where measured figures come from or why there are none."""
+    first = reports[0]
+    entries = [entry for report in reports for entry in report["convolutions"].values()]
+    assumptions = {name: text for report in reports for name, text in report["assumptions"].items()}
+    lines = [f"Assumed: {text}." for text in assumptions.values()]
     if any(entry["largest_batch"] for entry in entries):
-        gpu = report["gpu"]
+        gpu = first["gpu"]
+        kept = "0.6-3% of it assumed" if gpu["kept"] is None else f"{gpu['kept']:,} MiB"
         lines.append(
-            f"Fits on one {gpu['name']} ({gpu['total']:,} MiB): surely up to the first number, by the high ends of all "
-            "assumptions; perhaps up to the second, by the low ends."
+            f"Fits on one {gpu['name']} ({gpu['total']:,} MiB, of which its driver keeps some: {kept}), if nobody else "
+            "uses it: surely up to the first number, by the least favourable ends of what is assumed above for current "
+            "PyTorch; perhaps up to the second, by the most favourable."
         )
     if any(entry["writeup_nvidia_smi_mib"] for entry in entries):
         lines.append("* the write-up's own reading of nvidia-smi, an average; it stands as theirs.")
-    if report["measured_on"]:
+    if first["measured_on"]:
         sources = sorted({entry["measured"]["source"] for entry in entries if "source" in entry["measured"]})
-        lines.append(f"Measured on {report['measured_on']}: {'; '.join(sources) or 'nothing fitted'}.")
+        lines.append(f"Measured on {first['measured_on']}: {'; '.join(sources) or 'nothing fitted'}.")
         lines += [f"GPU: {told}." for told in dict.fromkeys(map(describe_gpu, entries)) if told]
     else:
-        lines.append(f"Nothing is measured: {report['not_measured_because']}.")
+        lines.append(f"Nothing is measured: {first['not_measured_because']}.")
     return [escape(line) for line in lines]
 
 
-def bars(entries: dict[str, dict], width: int) -> Group:
-    """A bar for each phase of each convolution, its length the phase's peak, its colours the categories'."""
+def bars(entries: dict[str, dict], width: int, *, with_letters: bool) -> Group:
+    """A bar for each phase of each convolution, its length the phase's peak, its colours the categories'.
+
+    `with_letters` draws them of the categories' first letters, where there are no colours.
+    """
+    glyphs = {category: category[0].upper() if with_letters else "█" for category in CATEGORIES}
     highest = max(entry["peak"] for entry in entries.values())
     names = max(len(name) for entry in entries.values() for name in entry["phases"])
     convs = max(map(len, entries))
@@ -110,47 +157,56 @@ def bars(entries: dict[str, dict], width: int) -> Group:
             for category in CATEGORIES:
                 done += phase["at_peak"][category]
                 cells = round(room * done / highest) - drawn
-                line.append("█" * cells, style=COLOURS[category])
+                line.append(glyphs[category] * cells, style=COLOURS[category])
                 drawn += cells
             line.append(f" {mib(phase['peak'])}")
             lines.append(line)
     legend = Text()
     for category in CATEGORIES:
-        legend.append("█ ", style=COLOURS[category])
+        legend.append(f"{glyphs[category]} ", style=COLOURS[category])
         legend.append(f"{category}   ")
     return Group(*lines, legend)
 
 
 def tree(conv: str, entry: dict) -> Tree:
     """What is live at the peak: category, then module and operator, largest first."""
-    root = Tree(f"\n[bold]{conv}[/bold]: {mib(entry['peak'])} at the peak, in {escape(entry['peak_is_in'])}")
-    for category, nbytes in sorted(entry["at_peak"].items(), key=lambda item: -item[1]):
-        if nbytes == 0:
-            continue
+    place = escape(entry["peak_is_in"])
+    root = Tree(f"\n[bold]{conv}[/bold]: {mib(entry['peak'])} at the peak, when this was taken last: {place}")
+    for category, nbytes, lines in branches(entry):
         branch = root.add(f"[{COLOURS[category]}]{category}[/] {mib(nbytes)} ({nbytes / entry['peak']:.0%})")
-        if nbytes < LEAST_SHARE * entry["peak"] or category in (PARAMETERS, OPTIMIZER, INPUT):
-            continue
-        sums: dict[tuple[str, str], int] = {}
-        for storage in entry["live_at_peak"]:
-            if storage["category"] == category:
-                told = storage["what"] if storage["what"] != category else storage["operator"]
-                place = (storage["module"], told)
-                sums[place] = sums.get(place, 0) + storage["nbytes"]
-        ranked = sorted(sums.items(), key=lambda item: -item[1])
-        for (module, told), size in ranked[:MOST_BRANCHES]:
-            where = f"{module}: " if module != OUTSIDE and module not in told else ""
-            branch.add(escape(f"{mib(size)}  {where}{told}"))
-        if others := ranked[MOST_BRANCHES:]:
-            branch.add(f"{mib(sum(size for _, size in others))}  {len(others)} more")
+        for line in lines:
+            branch.add(escape(line))
     return root
 
 
+def branches(entry: dict) -> list[tuple[str, int, list[str]]]:
+    """Category, bytes, and a line for each module and operator that matter, of the peak; largest first."""
+    found = []
+    for category, nbytes in sorted(entry["at_peak"].items(), key=lambda item: -item[1]):
+        if nbytes < LEAST_SHARE * entry["peak"]:
+            continue
+        sums: dict[str, int] = {}
+        for storage in entry["live_at_peak"]:
+            if storage["category"] == category and category not in (PARAMETERS, OPTIMIZER, INPUT):
+                told = storage["what"] if storage["what"] != category else storage["operator"]
+                is_named = storage["module"] == OUTSIDE or storage["module"] in told
+                place = told if is_named else f"{storage['module']}: {told}"
+                sums[place] = sums.get(place, 0) + storage["nbytes"]
+        ranked = sorted(sums.items(), key=lambda item: -item[1])
+        shown = [(place, size) for place, size in ranked[:MOST_BRANCHES] if size >= LEAST_SHARE * entry["peak"]]
+        lines = [f"{mib(size)}  {place}" for place, size in shown]
+        if others := ranked[len(shown) :]:
+            lines.append(f"{mib(sum(size for _, size in others))}  {len(others)} more")
+        found.append((category, nbytes, lines))
+    return found
+
+
 def explanations(report: dict) -> Iterator[RenderableType]:
-    """In words: why a convolution's peak is not torch's, and what the write-up's figures leave to explain."""
+    """In words: why a convolution's peak is not the reference's, and what the write-up's figures leave to explain."""
     for told in report["differences"]:
         ours, theirs, nbytes = told["conv"], told["reference"], told["nbytes"]
-        if nbytes == 0 and not told["items"]:
-            yield Text.assemble((f"\n{ours} against {theirs}: ", "bold"), "the same bytes at the same moment.")
+        if all(mib(abs(size)) == "0.0" for size in (nbytes, *(size for size, _ in told["items"]))):
+            yield Text.assemble((f"\n{ours} against {theirs}: ", "bold"), "the same to 0.1 MiB, at the same moment.")
             continue
         more = "more" if nbytes >= 0 else "less"
         yield Text.assemble(
@@ -175,12 +231,25 @@ def listed(lines: list[tuple[str, str]]) -> Table:
     return table
 
 
-def mib(nbytes: int) -> str:
+def describe_gpu(entry: dict) -> str:
+    """What the measurement of one convolution depended on."""
+    told = entry["measured"].get("gpu") or {}
+    parts = [
+        f"driver {told['driver']}" if told.get("driver") else "",
+        f"{told['sm_clock_mhz']} MHz" if told.get("sm_clock_mhz") else "",
+        f"{told['temperature_c']} °C" if told.get("temperature_c") else "",
+        f"held down by {', '.join(told['throttle_reasons'])}" if told.get("throttle_reasons") else "",
+        told.get("unavailable", ""),
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def mib(nbytes: float) -> str:
     return f"{nbytes / MIB:,.1f}"
 
 
 def span(nbytes: list[int]) -> str:
-    return in_mib(*nbytes).removesuffix(" MiB")
+    return in_mib(Range(*nbytes)).removesuffix(" MiB")
 
 
 def whole(figure: int | None) -> str:
@@ -190,21 +259,10 @@ def whole(figure: int | None) -> str:
 def batches(largest: dict | None) -> str:
     if largest is None:
         return "-"
-    surely, perhaps = largest["surely"], largest["perhaps"]
-    return f"{surely:,}" if surely == perhaps else f"{surely:,}-{perhaps:,}"
-
-
-def describe_gpu(entry: dict) -> str:
-    """What the measurement of one convolution depended on."""
-    told = entry["measured"].get("gpu") or {}
-    parts = [
-        f"driver {told['driver']}" if told.get("driver") else "",
-        f"{told['sm_clock_mhz']} MHz" if told.get("sm_clock_mhz") else "",
-        f"{told['temperature_c']} °C" if told.get("temperature_c") else "",
-        f"held down by {', '.join(told['throttle_reasons'])}" if told.get("throttle_reasons") else "",
-    ]
-    return ", ".join(part for part in parts if part)
+    return "-".join(dict.fromkeys(f"{largest[name]:,}" for name in ("surely", "perhaps")))
 
 
 def measured_cell(measured: dict, key: str) -> str:
-    return measured.get("error") or mib(measured[key])
+    if "error" in measured:
+        return measured["error"]
+    return "not known" if measured[key] is None else mib(measured[key])

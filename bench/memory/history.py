@@ -1,5 +1,7 @@
 """An account as a history for PyTorch's memory viewer."""
 
+from dataclasses import replace
+
 from bench.measure import snapshot
 from bench.measure.account import (
     GRADIENTS,
@@ -12,27 +14,29 @@ from bench.measure.account import (
     Account,
     Change,
 )
+from bench.measure.allocator import Request
+from bench.measure.predict import GpuKind, choices, requests
 
 # What a storage was for, if it was several things in its time; the viewer knows one label a storage.
 _FOREMOST = (PARAMETERS, GRADIENTS, OPTIMIZER, INPUT, SAVED, WORKSPACE, TEMPORARY)
 
 
-def history(account: Account, title: str) -> dict:
-    """All steps of the account in the form of torch.cuda.memory._snapshot(); see bench.measure.snapshot."""
-    changes = [entry for entry in account.entries if isinstance(entry, Change)]
+def history(account: Account, gpu: GpuKind, title: str) -> dict:
+    """All steps of the account in the form of torch.cuda.memory._snapshot(); see bench.measure.snapshot.
+
+    Of what cuDNN may choose it shows the first of `choices`, in which it takes nothing.
+    """
     foremost: dict[int, str] = {}
-    for change in changes:
-        known = foremost.get(change.storage, TEMPORARY)
-        foremost[change.storage] = min(known, change.category, key=_FOREMOST.index)
-    return snapshot.snapshot(
-        (
-            snapshot.Change(change.storage, change.nbytes, (*label(change), foremost[change.storage]))
-            for change in changes
-        ),
-        title=title,
-    )
+    for entry in account.entries:
+        if isinstance(entry, Change):
+            known = foremost.get(entry.storage, TEMPORARY)
+            foremost[entry.storage] = min(known, entry.category, key=_FOREMOST.index)
 
+    def labelled(request: Request) -> Request:
+        if request.key not in foremost or not request.label:
+            return request
+        operator, module, _ = request.label
+        return replace(request, label=(operator or "there before the step", module, foremost[request.key]))
 
-def label(change: Change) -> tuple[str, str]:
-    """By whom it was made: the operator, and its module."""
-    return change.operator or "there before the step", change.module
+    asked = (request for each in requests(account, gpu, choices(account)[0]) for request in each)
+    return snapshot.snapshot(map(labelled, asked), title=title)

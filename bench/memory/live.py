@@ -17,8 +17,11 @@ from bench.measure.sampling import Phase, Recorder, Usage
 from bench.measure.tracker import Tracker
 from bench.memory.colours import COLOURS
 from bench.memory.console import mib
-from bench.memory.step import Step, Training
+from bench.memory.step import BACKWARD, FORWARD, OPTIMIZER_STEP, Step, Training
 from train.report import device_name
+
+PHASES = (FORWARD, BACKWARD, OPTIMIZER_STEP)
+DEVICE = "NVML, whole device"
 
 
 def follow(console: Console, step: Step, steps: int, device: torch.device) -> dict:
@@ -52,15 +55,14 @@ class View:
         self.step, self.steps, self.device = step, steps, device
         self.tracker, self.recorder = tracker, recorder
         self.done = 0
-        self.phase = "forward"
+        self.phase = FORWARD
         self.peak = 0
         self.peaks: dict[str, int] = {}
         self.at_peak = dict.fromkeys(CATEGORIES, 0)
 
     def phase_ended(self, phase: str) -> None:
         self.recorder.mark(phase)
-        names = ("forward", "backward", "optimizer step")
-        self.phase = names[(names.index(phase) + 1) % len(names)]
+        self.phase = PHASES[(PHASES.index(phase) + 1) % len(PHASES)]
 
     def step_ended(self) -> None:
         self.done += 1
@@ -76,10 +78,11 @@ class View:
         overall = self.recorder.recording.overall
         if self.device.type != "cuda":
             return "resident set"
-        return "NVML, this process" if overall.process else "NVML, whole device"
+        return "NVML, this process" if overall.process else DEVICE
 
     def usage(self, phase: Phase) -> Usage | None:
-        return phase.process or phase.used
+        """Of what `source` says; never one for the other."""
+        return phase.used if self.source == DEVICE else phase.process
 
     def title(self) -> str:
         step = self.step
@@ -93,7 +96,8 @@ class View:
 
     def __rich__(self) -> Group:
         now, highest = dict(self.tracker.by_category), max(self.peak, self.tracker.now, 1)
-        lines = [Text(self.title(), style="bold"), Text(f"step {self.done + 1}/{self.steps}, {self.phase}")]
+        step = min(self.done + 1, self.steps)
+        lines = [Text(self.title(), style="bold"), Text(f"step {step}/{self.steps}, {self.phase}")]
         for category in CATEGORIES:
             line = Text(f"{category:19}")
             line.append("█" * round(40 * now[category] / highest), style=COLOURS[category])
@@ -104,7 +108,7 @@ class View:
             allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
             lines.append(Text(f"allocator: {mib(allocated)} allocated, {mib(reserved)} reserved"))
         if usage := self.usage(self.recorder.recording.overall):
-            lines.append(Text(f"{self.source}: mean {usage.mean / 2**20:,.1f}, peak {mib(usage.peak)} MiB"))
+            lines.append(Text(f"{self.source}: mean {mib(usage.mean)}, peak {mib(usage.peak)} MiB"))
         return Group(*lines)
 
     def closing(self) -> Group:
@@ -117,7 +121,7 @@ class View:
         for name, phase in [*recording.phases.items(), ("all", recording.overall)]:
             usage = self.usage(phase)
             tracked = self.peak if name == "all" else self.peaks.get(name)
-            seen = (f"{usage.mean / 2**20:,.1f}", mib(usage.peak), f"{usage.samples:,}") if usage else ("-", "-", "-")
+            seen = (mib(usage.mean), mib(usage.peak), f"{usage.samples:,}") if usage else ("-", "-", "-")
             table.add_row(name, mib(tracked) if tracked else "-", *seen)
         made = ", ".join(f"{category} {mib(size)}" for category, size in self.at_peak.items() if size)
         lines = [Text(f"{self.title()}; {self.steps} steps", style="bold"), table, Text(f"tracked at the peak: {made}")]
@@ -127,7 +131,8 @@ class View:
                               f"{mib(reserved)} reserved"))
         if recording.unavailable:
             lines.append(Text(f"not measured: {recording.unavailable}"))
-        lines += [Text(f"note: {note}") for note in recording.notes]
+        lines += [Text(f"note: {note} ({count:,} samples)") for note, count in recording.notes.items()]
+        lines += [Text(f"failed {count:,} times: {failure}") for failure, count in recording.failures.items()]
         return Group(*lines)
 
     def as_dict(self) -> dict:

@@ -7,31 +7,61 @@ import torch
 
 from bench.conditions import gpu_state
 from bench.measure.nvml import GpuMemory, NvmlUnavailable, gpu_memory
-from bench.memory.step import Step, Training, track
+from bench.measure.predict import MIB, GpuKind
+from bench.memory.step import STEPS, Step, Training, track
+from kernels.runtime import MULTIPROCESSORS
 
-STEPS = 3
-"""The first brings in kernels and the optimiser's state, the second may still split blocks otherwise."""
+
+class NoGpu(Exception):
+    """No step can run on a GPU here; the message is the reason, in one line."""
 
 
-def find_gpu() -> GpuMemory:
-    """The GPU the real step can run on; raises NvmlUnavailable with the reason where there is none."""
-    gpu = gpu_memory()
+def find_gpu() -> GpuKind:
+    """The first GPU, as a kind to predict for. Raises NoGpu.
+
+    What no kernel is compiled for ahead of time is predicted as the newest older architecture that is, or the oldest.
+    """
     if not torch.cuda.is_available():
-        raise NvmlUnavailable(f"NVML shows {gpu.name}, but this PyTorch cannot use it")
-    return gpu_memory(str(torch.cuda.get_device_properties(0).uuid))
+        try:
+            raise NoGpu(f"NVML shows {gpu_memory().name}, but this PyTorch cannot use it")
+        except NvmlUnavailable as reason:
+            raise NoGpu(str(reason)) from reason
+    properties = torch.cuda.get_device_properties(0)
+    told = _ask_driver(str(properties.uuid))
+    known = {int(arch.removeprefix("sm_")): arch for arch in MULTIPROCESSORS}
+    generation = max((one for one in known if one <= 10 * properties.major + properties.minor), default=min(known))
+    return GpuKind(
+        name=properties.name,
+        arch=known[generation],
+        multiprocessors=properties.multi_processor_count,
+        total=(told.total if told else properties.total_memory) // MIB,
+        # What PyTorch names as the total is without the driver's own share.
+        kept=(told.reserved or 0) // MIB if told else 0,
+    )
+
+
+def _ask_driver(uuid: str) -> GpuMemory | None:
+    try:
+        return gpu_memory(uuid)
+    except NvmlUnavailable:
+        return None
 
 
 def measure(step: Step) -> dict[str, Any]:
-    """The real step on the first GPU, in a fresh process, so that the figures hold one CUDA context and one model."""
+    """The real step on the first GPU, in a fresh process, so that the figures hold one CUDA context and one model.
+
+    Bytes; None is what is not known: "nbytes" and "outside_allocator" without NVML. "tracked_peak" is of one more
+    training, under the tracker, which takes no GPU memory itself. {"error": reason} where the step did not fit.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_here, (step,))
+        return pool.apply(measure_here, (step,))
 
 
-def _measure_here(step: Step) -> dict[str, Any]:
-    """Bytes. "tracked" is of one more step, under the tracker, which takes no GPU memory itself."""
+def measure_here(step: Step) -> dict[str, Any]:
+    """As `measure`, in this process, which has not touched the GPU yet."""
     device = torch.device("cuda", 0)
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    before = gpu_memory(uuid).used  # NVML needs no CUDA context of this process, so this is all others'
+    before = _ask_driver(uuid)  # NVML needs no CUDA context of this process, so this is all others'
     try:
         training = Training(step, device)
         for turn in range(STEPS):
@@ -39,23 +69,27 @@ def _measure_here(step: Step) -> dict[str, Any]:
                 torch.cuda.reset_peak_memory_stats(device)
             training.step()
         torch.cuda.synchronize(device)
-        after = gpu_memory(uuid)
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        del training
-        torch.cuda.empty_cache()
-        tracked = track(step, device).peak.nbytes
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
-    if after.process is not None:
+    after = _ask_driver(uuid)
+    reserved = torch.cuda.max_memory_reserved(device)
+    if before is None or after is None:
+        source, nbytes = "PyTorch alone, without NVML", None
+    elif after.process is not None:
         source, nbytes = "NVML, this process", after.process
     else:
-        source, nbytes = "NVML, growth of the device's use", after.used - before
-    return {
+        source, nbytes = "NVML, growth of the device's use", after.used - before.used
+    measured = {
         "source": source,
         "nbytes": nbytes,
-        "allocated_peak": allocated,
+        "allocated_peak": torch.cuda.max_memory_allocated(device),
         "reserved_peak": reserved,
-        "tracked_peak": tracked,
-        "outside_allocator": nbytes - reserved,
+        "outside_allocator": None if nbytes is None else nbytes - reserved,
         "gpu": gpu_state(device),
     }
+    del training
+    torch.cuda.empty_cache()
+    try:
+        return measured | {"tracked_peak": track(step, device).peak.nbytes}
+    except torch.OutOfMemoryError:  # what others took meanwhile
+        return measured | {"tracked_peak": None}

@@ -8,7 +8,6 @@ import torch
 
 from bench.conditions import conditions
 from bench.measure.account import CATEGORIES, Account
-from bench.measure.nvml import GpuMemory
 from bench.measure.predict import ASSUMPTIONS, GpuKind, Prediction
 from bench.memory.step import NUM_CLASSES, Step
 from bench.memory.words import describe, difference, gap_to, peak_place, unfolding_modules
@@ -31,11 +30,15 @@ class Result:
 
 
 def make_report(
-    results: dict[str, Result], gpu: GpuKind, found: GpuMemory | None, reason: str | None
+    results: dict[str, Result], gpu: GpuKind, found: GpuKind | None, reason: str | None
 ) -> dict[str, Any]:
-    """Of `results` by convolution, predicted for `gpu`; `found` is the GPU at hand, or `reason` why there is none."""
+    """Of one model's `results` by convolution, predicted for `gpu`; `found` is the GPU at hand, `reason` why none is.
+
+    Ratios and differences are to nn.Conv2d, or where that is not among them to the first.
+    """
     step = next(iter(results.values())).step
-    reference = results.get("torch")
+    conv = "torch" if "torch" in results else next(iter(results))
+    reference = results[conv]
     return {
         "model": step.model,
         "batch_size": step.batch_size,
@@ -45,20 +48,21 @@ def make_report(
         "recipe": "writeup",
         "label": PREDICTED,
         "gpu": dataclasses.asdict(gpu),
-        "convolutions": {conv: entry(result, reference) for conv, result in results.items()},
+        "reference": conv,
+        "convolutions": {name: entry(result, reference) for name, result in results.items()},
         "differences": [
-            dataclasses.asdict(difference(conv, result.account, "torch", reference.account))
-            for conv, result in results.items()
-            if reference and conv != "torch"
+            dataclasses.asdict(difference(name, result.account, conv, reference.account))
+            for name, result in results.items()
+            if name != conv
         ],
-        "assumptions": {name: text for name, text in ASSUMPTIONS.items() if name != "cudnn" or reference},
+        "assumptions": {name: text for name, text in ASSUMPTIONS.items() if name != "cudnn" or "torch" in results},
         "measured_on": found.name if found else None,
         "not_measured_because": reason,
         "conditions": conditions(torch.device("cuda", 0) if found else torch.device("cpu")),
     }
 
 
-def entry(result: Result, reference: Result | None) -> dict[str, Any]:
+def entry(result: Result, reference: Result) -> dict[str, Any]:
     """One convolution's part of the report."""
     peak = result.account.peak
     theirs = writeup_mib(result.step)
@@ -67,7 +71,7 @@ def entry(result: Result, reference: Result | None) -> dict[str, Any]:
         "peak": peak.nbytes,
         "at_peak": peak.by_category(),
         "peak_is_in": peak_place(result.account),
-        "ratio_to_torch": round(peak.nbytes / reference.account.peak.nbytes, 4) if reference else None,
+        "ratio": round(peak.nbytes / reference.account.peak.nbytes, 4),
         "phases": {
             name: {"peak": phase.peak.nbytes, "at_peak": phase.peak.by_category(), "end": phase.end.nbytes}
             for name, phase in result.account.phases.items()

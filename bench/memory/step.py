@@ -17,6 +17,8 @@ from train.recipes import make_recipe
 
 FORWARD, BACKWARD, OPTIMIZER_STEP = "forward", "backward", "optimizer step"
 NUM_CLASSES = 100
+STEPS = 3
+"""After so many memory is steady: the optimiser's state comes with the first, the allocator settles in the second."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,8 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from bench.measure.account import CATEGORIES, OUTSIDE, TEMPORARY, Account, Change
-from bench.measure.predict import EAGER_CONTEXT, LAZY_CONTEXT, MIB, Range
+from bench.measure.account import OUTSIDE, TEMPORARY, Account, Change
+from bench.measure.predict import EAGER_CONTEXT, LAZY_CONTEXT, MIB, Range, in_mib
 
 # What operators of the unfolding convolution leave behind, which nn.Conv2d does not have.
 OF_UNFOLDING = {
@@ -60,7 +60,6 @@ def difference(conv: str, account: Account, reference: str, other: Account) -> D
     limit = WORTH_TELLING * max(account.peak.nbytes, other.peak.nbytes)
     told = [(nbytes, what) for what, nbytes in sorted(items.items(), key=lambda item: -item[1]) if abs(nbytes) >= limit]
     rest = sum(items.values()) - sum(nbytes for nbytes, _ in told)
-    told = [(nbytes, f"{what}, freed by then" if nbytes < 0 and what in CATEGORIES else what) for nbytes, what in told]
     return Difference(
         conv=conv,
         reference=reference,
@@ -82,15 +81,15 @@ def _by_description(account: Account) -> Counter[str]:
 def gap_to(theirs: int, reserved: Range) -> str:
     """What must lie outside of the allocator for `theirs` (MiB), and whether a CUDA context may be that large."""
     left = Range(theirs * MIB - reserved.high, theirs * MIB - reserved.low)
-    less = f"{theirs:,} less {in_mib(reserved.low, reserved.high)} reserved by the allocator (predicted)"
+    less = f"{theirs:,} less {in_mib(reserved)} reserved by the allocator (predicted)"
     if left.high < 0:
-        return f"{less} leaves nothing: the network or the step built here is larger than theirs was"
-    shown = f"{less} leaves {in_mib(max(0, left.low), left.high)}"
+        return f"{less} leaves nothing: theirs was another network or step, averages below its peak, or this is wrong"
+    shown = f"{less} leaves {in_mib(Range(max(0, left.low), left.high))}"
     if left.low > EAGER_CONTEXT.high:
         more = (left.low - EAGER_CONTEXT.high) / MIB
         return f"{shown}: {more:,.0f} more than is assumed of any CUDA context, which nothing here explains"
     kinds = [
-        f"{kind} ({in_mib(context.low, context.high)})"
+        f"{kind} ({in_mib(context)})"
         for context, kind in (
             (LAZY_CONTEXT, "a context whose kernels load when first used"),
             (EAGER_CONTEXT, "a context with all kernels loaded"),
@@ -98,9 +97,3 @@ def gap_to(theirs: int, reserved: Range) -> str:
         if left.low <= context.high and left.high >= context.low
     ]
     return f"{shown}, as {' or '.join(kinds) or 'no context'} would take"
-
-
-def in_mib(low: int, high: int) -> str:
-    """A range of bytes as "1,055-2,110 MiB", or "1,055 MiB" where it is none."""
-    ends = dict.fromkeys(f"{nbytes / MIB:,.0f}" for nbytes in (low, high))
-    return f"{'-'.join(ends)} MiB"
