@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from PIL import Image
 
+import models
 from bench.measure.account import CATEGORIES
 from bench.measure.predict import GPUS, MIB, Range
 from bench.memory import command, measured
+from bench.memory.colours import COLOURS
+from bench.memory.console import bars, branches
 from bench.memory.figure import timeline
 from bench.memory.step import Step, rehearse
 from bench.memory.words import gap_to
@@ -125,6 +129,8 @@ def test_the_writeups_figures_stand_as_theirs(report_of):
     assert "reproduced" not in out
     assert report["convolutions"]["torch"]["gap_to_writeup"].startswith("3,113 less")
     assert report["convolutions"]["triton"]["gap_to_writeup"] is None
+    mixed, _ = report_of("simplenet", "--conv", "torch", "--amp", "fp16")  # which is another step than theirs
+    assert mixed["convolutions"]["torch"]["writeup_nvidia_smi_mib"] is None
 
 
 @pytest.mark.parametrize(
@@ -169,6 +175,49 @@ def test_the_largest_batch_is_found(report_of, monkeypatch):
     ]
 
 
+def test_all_models_stand_in_one_table(memory_run):
+    code, out, err = memory_run("all", "--batch-size", 4, "--image-size", 64, "--json", "all.json")
+    assert (code, err) == (0, "")
+    reports = json.loads(Path("all.json").read_text())["reports"]
+    assert [report["model"] for report in reports] == list(models.MODELS)
+    rows = [line.split() for line in out.splitlines() if line.split()[:2] and line.split()[-1] == "-"]
+    peaks = [shown(entry["peak"]) for report in reports for entry in report["convolutions"].values()]
+    assert [row[-3] for row in rows] == peaks
+
+
+def test_without_torch_the_first_convolution_is_the_reference(report_of):
+    report, out = report_of("simplenet", "--conv", "unfold", "triton", *SMALL)
+    assert report["reference"] == "unfold"
+    (told,) = report["differences"]
+    assert (told["conv"], told["reference"]) == ("triton", "unfold")
+    ratio = report["convolutions"]["triton"]["peak"] / report["convolutions"]["unfold"]["peak"]
+    assert row(out, "times unfold's") == ["1.00", f"{ratio:.2f}"]
+
+
+def test_bars_are_as_long_as_peaks_and_have_letters_without_colours(report_of):
+    report, _ = report_of("simplenet", "--conv", "unfold", "--batch-size", 64)
+    entry = report["convolutions"]["unfold"]
+    lines = [line.plain for line in bars({"unfold": entry}, 100, with_letters=True).renderables]
+    for line, (name, phase) in zip(lines, entry["phases"].items(), strict=False):
+        bar = line.split(name)[1].split()[0]
+        assert len(bar) == pytest.approx(66 * phase["peak"] / entry["peak"], abs=1)
+        shares = {category: bar.count(category[0].upper()) / len(bar) for category in CATEGORIES if len(bar) > 30}
+        for category, share in shares.items():
+            assert share == pytest.approx(phase["at_peak"][category] / phase["peak"], abs=0.04), (name, category)
+    assert [line.split()[0] for line in lines[-1].split("   ") if line.strip()] == ["P", "G", "O", "I", "S", "T", "W"]
+
+
+def test_the_tree_has_what_matters_and_sums_the_rest(report_of):
+    report, _ = report_of("customnet", "--conv", "torch", "--batch-size", 64)
+    entry = report["convolutions"]["torch"]
+    found = {category: (nbytes, lines) for category, nbytes, lines in branches(entry)}
+    nbytes, lines = found["saved for backward"]
+    assert nbytes == entry["at_peak"]["saved for backward"]
+    assert re.fullmatch(r"[\d,.]+  \d+ more", lines[-1])
+    told = sum(float(line.split()[0].replace(",", "")) for line in lines)
+    assert told == pytest.approx(nbytes / MIB, abs=0.05 * len(lines))
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_help_fits_its_terminal_and_fills_it(memory_run, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -205,6 +254,12 @@ def test_the_timeline_is_the_account():
     figure = timeline({"unfold": account}, "title")
     highest = max(collection.get_paths()[0].vertices[:, 1].max() for collection in figure.axes[0].collections)
     assert highest == pytest.approx(account.peak.nbytes / MIB)
+    (marker,) = (line for line in figure.axes[0].lines if line.get_marker() == "v")
+    assert marker.get_xydata()[0] == pytest.approx([account.peak.index - account.start, account.peak.nbytes / MIB])
+    drawn = {
+        collection.get_label(): to_hex(collection.get_facecolor()[0]) for collection in figure.axes[0].collections
+    }
+    assert drawn == COLOURS
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert {"forward", "backward", "optimizer step"} <= set(texts)
     assert any(text.startswith(f"{account.peak.nbytes / MIB:,.0f} MiB") for text in texts)
@@ -280,6 +335,8 @@ def test_live_follows_real_steps(memory_run):
         pytest.param(["simplenet", "--image-size", "9999999999"], ["beyond any machine"], id="astronomic-images"),
         pytest.param(["simplenet", "--json", "nowhere/m.json"], ["nowhere/m.json"], id="json-in-no-folder"),
         pytest.param(["simplenet", "--json", "."], ["--json", "."], id="json-is-a-folder"),
+        pytest.param(["simplenet", "--json", "f", "--timeline", "./f"], ["f", "written over"], id="one-file-for-two"),
+        pytest.param(["all", "--timeline", "t.png"], ["--timeline", "all"], id="timeline-of-all"),
         pytest.param(["simplenet", "--timeline", "nowhere/t.png"], ["--timeline"], id="timeline-in-no-folder"),
         pytest.param(["resnet18", "--image-size", "16"], ["resnet18", "image size 16"], id="size-of-the-model"),
         pytest.param(["customnet", "--batch-size", "1"], ["customnet, 1 images", "1 value"], id="one-image"),

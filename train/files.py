@@ -14,21 +14,35 @@ from typing import Any, BinaryIO
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only when the block ends well; until then the old file stays.
 
-    Raises OSError naming `path` (on a full disk, say), with the temporary file gone.
+    A link stays, and what it leads to is written; what is no file, as a pipe or /dev/stdout, is written straight. Raises
+    OSError naming `path` (on a full disk, say), with the temporary file gone.
     """
+    if path.exists() and not path.is_file():
+        with _naming(path), open(path, "wb") as file:
+            yield file
+        return
+    asked, path = path, Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may show itself only here
-        os.replace(temporary, path)
-    except BaseException as error:
+        with _naming(asked):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # a full disk may show itself only here
+            os.replace(temporary, path)
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An OSError of the block is told as one of `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -376,7 +376,7 @@ def _unpack(saved: _Saved) -> torch.Tensor:
     # Which autograd checks itself only of what no hook packed.
     if saved.tensor._version != saved.version:
         raise RuntimeError(
-            f"a tensor of shape {tuple(saved.tensor.shape)} that the backward pass needs was changed in place: it is at "
-            f"version {saved.tensor._version}, expected {saved.version}"
+            f"a tensor of shape {tuple(saved.tensor.shape)} that the backward pass needs was changed in place: "
+            f"it is at version {saved.tensor._version}, expected {saved.version}"
         )
     return saved.tensor
