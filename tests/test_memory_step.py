@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 
 import models
-from bench.measure.account import CATEGORIES, OPTIMIZER, TEMPORARY, WORKSPACE, Account
+from bench.measure.account import CATEGORIES, INPUT, OPTIMIZER, TEMPORARY, WORKSPACE, Account, Change
+from bench.measure.tracker import Tracker
 from bench.memory.step import BACKWARD, FORWARD, OPTIMIZER_STEP, Step, rehearse, track
 from kernels import runtime
+from train.recipes import FOR_MODEL
 
 MIB = 2**20
 STEPS_OF_ADAMW = 1024
@@ -37,6 +40,45 @@ def test_what_is_predicted_is_what_a_step_takes(model, conv, amp):
     for name, phase in predicted.phases.items():
         assert phase.peak.nbytes == pytest.approx(tracked.phases[name].peak.nbytes, abs=STEPS_OF_ADAMW), name
         assert phase.end.nbytes == pytest.approx(tracked.phases[name].end.nbytes, abs=STEPS_OF_ADAMW), name
+
+
+@pytest.mark.parametrize("model", list(models.MODELS))
+def test_the_step_is_the_training_loops(model, make_trainer, monkeypatch):
+    """Written once more, since the loop's sums of losses ask meta tensors for numbers; those are all that differs."""
+    images = 8
+    changes = FOR_MODEL.get(("writeup", model), {})
+    trainer = make_trainer("writeup", model=model, image_size=32, batch_size=images, channels_last=False, **changes)
+    for group in trainer.optimizer.param_groups:
+        group["foreach"] = True
+    trainer.model.train()
+    monkeypatch.setattr("bench.memory.step.NUM_CLASSES", len(trainer.train.classes))
+    tracker = Tracker("cpu")
+    x, y = torch.rand(images, 3, 32, 32), torch.zeros(images, dtype=torch.long)
+    tracker.watch(trainer.model, trainer.optimizer)
+    tracker.label((x, y), INPUT)
+    with tracker:
+        for _ in range(2):
+            tracker.reset_peak()
+            trainer.train_step(x, y)
+    ours = track(Step(model=model, conv="torch", batch_size=images, image_size=32), "cpu")
+    assert ours.peak.nbytes == pytest.approx(tracker.account.peak.nbytes, rel=0.001)
+    assert ours.peak.by_category() == pytest.approx(tracker.account.peak.by_category(), rel=0.01, abs=1024)
+    made = [makers(account) for account in (ours, tracker.account)]
+    assert made[0] - made[1] == Counter()
+    left_out = made[1] - made[0]  # accuracies, and copies of them
+    assert not [name for name in left_out if any(part in name for part in ("conv", "norm", "foreach", "mm", "relu"))]
+
+
+def makers(account: Account) -> Counter[str]:
+    """What was taken in the step that counts, by operator."""
+    entries = account.entries[account.start :]
+    seen = {entry.storage for entry in account.entries[: account.start] if isinstance(entry, Change)}
+    made = Counter()
+    for entry in entries:
+        if isinstance(entry, Change) and entry.storage not in seen:
+            seen.add(entry.storage)
+            made[entry.operator] += 1
+    return made
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["not-told", "told"])

@@ -1,4 +1,8 @@
-"""The training step whose memory is accounted for: as train.loop makes it, on real or on meta tensors."""
+"""The training step whose memory is accounted for: as train.loop makes it, on real or on meta tensors.
+
+What lies around the step is left out: the next batch, validation, a moving average of the weights. PyTorch's own
+convolution is given contiguous tensors, as in the write-up (train.run --no-channels-last).
+"""
 
 import contextlib
 from collections.abc import Callable
