@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only when the block ends well; until then the old file stays.
 
-    A link stays, and what it leads to is written; what is no file, as a pipe or /dev/stdout, is written straight. Raises
-    OSError naming `path` (on a full disk, say), with the temporary file gone.
+    A link stays, and what it leads to is written; what is no file, as a pipe or /dev/stdout, is written straight.
+    Raises OSError naming `path` (on a full disk, say), with the temporary file gone.
     """
     if path.exists() and not path.is_file():
         with _naming(path), open(path, "wb") as file:

@@ -237,7 +237,6 @@ def describe_gpu(entry: dict) -> str:
     parts = [
         f"driver {told['driver']}" if told.get("driver") else "",
         f"{told['sm_clock_mhz']} MHz" if told.get("sm_clock_mhz") else "",
-        f"{told['temperature_c']} °C" if told.get("temperature_c") else "",
         f"held down by {', '.join(told['throttle_reasons'])}" if told.get("throttle_reasons") else "",
         told.get("unavailable", ""),
     ]
