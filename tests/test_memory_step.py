@@ -120,6 +120,13 @@ def test_split_k_workspaces_are_predicted_for_a_gpu():
     assert workspaces("sm_90") > 0
 
 
+@pytest.mark.parametrize("model", ["simplenet", "resnet18"])
+def test_no_layer_of_a_triton_model_converts(model):
+    made = {getattr(entry, "operator", "") for entry in rehearse(step(model), "sm_75").entries}
+    assert "conv_lab.weight_grad" in made
+    assert not [name for name in made if "channels-last" in name]
+
+
 # Bytes by hand, float32, batch 256, 128 px. SimpleNet's parameters, as often again for the momentum:
 PARAMETERS = 365_028 * 4
 # Kept by autograd when the last ReLU's gradient is made: every ReLU's result, and each pool's with its int64 indices.
