@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from bench.measure.account import Account, Change, ConvolutionCall, Mark, ReductionCall
+from bench.measure.account import Account, Change, ConvolutionCall, Mark, ReductionCall, ScratchCall
 from bench.measure.predict import (
     CUBLAS_WORKSPACE,
     CUBLASLT_WORKSPACE,
@@ -42,17 +42,14 @@ RECORDED = {
     ("resnet18", "unfold"): (4448.1, 7172),
     ("resnet18", "triton"): (1967.5, 2640),
 }
-# How far the predicted range may lie off. Unfold first takes a tensor like its input, which is not modelled.
-SLACK = {"triton": 0.0001, "unfold": 0.012, "torch": 0.0001}
 
 
 @pytest.mark.parametrize(("model", "conv"), RECORDED, ids=["-".join(row) for row in RECORDED])
 def test_an_h100_took_what_is_predicted(model, conv):
     step = Step(model=model, conv=conv, batch_size=256, image_size=128)
     predicted = predict(rehearse(step, H100.arch, multiprocessors=H100.multiprocessors, steps=3), H100)
-    slack = SLACK[conv]
     for figure, recorded in zip((predicted.allocated, predicted.reserved), RECORDED[model, conv], strict=True):
-        assert figure.low / MIB * (1 - slack) - 0.05 <= recorded <= figure.high / MIB * (1 + slack) + 0.05
+        assert figure.low / MIB - 0.05 <= recorded <= figure.high / MIB + 0.05
     if conv == "torch":
         assert predicted.reserved.high < 1.6 * predicted.reserved.low
     else:
@@ -108,6 +105,14 @@ def test_a_reduction_takes_its_staging_buffer_for_the_time():
     assert replay(account, H100, lambda call: 0).peak_allocated == pytest.approx(132 * MIB, rel=1e-4)
     assert replay(account, H100, lambda call: 0).allocated == 2048
     assert replay(account, T4, lambda call: 0).peak_allocated < 60 * MIB  # fewer multiprocessors, fewer parts
+
+
+def test_scratch_goes_once_the_result_is_there():
+    scratch = ScratchCall("aten.im2col", "block", 30 * MIB)
+    account = Account((scratch, change(0, 50 * MIB, "aten.im2col"), change(1, 40 * MIB)))
+    allocator = replay(account, T4, lambda call: 0)
+    assert allocator.peak_requested == 90 * MIB  # not 120: it had gone before the second change
+    assert [segment.size for segment in allocator.segments] == [40 * MIB, 50 * MIB, 30 * MIB]
 
 
 def test_cudnn_chooses_the_same_in_every_step():

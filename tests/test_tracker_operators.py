@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import models
-from bench.measure.account import OUTSIDE, Change, ConvolutionCall, ReductionCall
+from bench.measure.account import OUTSIDE, Change, ConvolutionCall, ReductionCall, ScratchCall
 from bench.measure.tracker import Tracker
 
 KIB = 1024
@@ -298,3 +298,15 @@ def test_tracking_changes_no_value(name, conv):
         actual = train(name, conv, tracker)
     assert all(map(torch.equal, actual, expected))
     assert all(value.isfinite().all() for value in expected)
+
+
+def test_unfold_first_takes_a_tensor_like_its_argument(device):
+    """Which a GPU's kernel then makes larger; where the result is smaller, it keeps the larger storage."""
+    x = torch.zeros(1, 2, 8, 8, device=device)  # 512 bytes
+    with Tracker(device) as tracker:
+        large = F.unfold(x, 3, padding=1)
+        small = F.unfold(x, 1, stride=2)
+        entries = [entry for entry in tracker.account.entries if entry.operator == "aten.im2col"]
+        assert entries[0] == ScratchCall("aten.im2col", OUTSIDE, 512)
+        assert [entry.nbytes for entry in entries[1:]] == [large.nbytes, 512]
+    del small

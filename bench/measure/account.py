@@ -74,7 +74,16 @@ class Mark:
     phase: str
 
 
-Entry = Change | ConvolutionCall | ReductionCall | Mark
+@dataclass(frozen=True, slots=True)
+class ScratchCall:
+    """Here an operator first took a buffer, and gave it back once it had its result, which comes next."""
+
+    operator: str
+    module: str
+    nbytes: int
+
+
+Entry = Change | ConvolutionCall | ReductionCall | ScratchCall | Mark
 
 
 @dataclass(frozen=True, slots=True)

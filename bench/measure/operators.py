@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bench.measure.account import ConvolutionCall, ReductionCall
+from bench.measure.account import ConvolutionCall, ReductionCall, ScratchCall
 
 # A library computes them on a GPU, one convolution for each 4-D result, with a workspace of its own.
 CONVOLUTIONS = ("aten.convolution", "aten.convolution_backward")
@@ -24,6 +24,12 @@ def adds_up_gradients(func: torch._ops.OpOverload, args: tuple, result: object) 
         and args[0].shape == result.shape
         and args[0].dtype == result.dtype
     )
+
+
+def scratch(operator: str, module: str, args: tuple, result: torch.Tensor) -> Iterator[ScratchCall]:
+    """What its kernel takes before its result: `unfold` a tensor like its argument, which it then makes larger."""
+    if operator == "aten.im2col" and args[0].nbytes < result.nbytes:
+        yield ScratchCall(operator, module, args[0].nbytes)
 
 
 def calls(

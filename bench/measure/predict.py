@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bench.measure.account import Account, ConvolutionCall, Mark, ReductionCall
+from bench.measure.account import Account, ConvolutionCall, Mark, ReductionCall, ScratchCall
 from bench.measure.allocator import CachingAllocator, OutOfMemory, Request
 from bench.measure.reduction import THREADS, buffers
 
@@ -188,6 +188,7 @@ def requests(account: Account, gpu: GpuKind, choose: Choice) -> Iterator[list[Re
     threads_seen: set[bool] = set()
     is_forward = True  # until the first mark; what comes later is either the other thread or has its workspace
     has_bias_products = False
+    given_back: list[Request] = []
     hopper = int(gpu.arch.removeprefix("sm_")) >= 90
     for entry in account.entries:
         asked: list[Request] = []
@@ -195,6 +196,9 @@ def requests(account: Account, gpu: GpuKind, choose: Choice) -> Iterator[list[Re
             is_forward = False
         elif isinstance(entry, ConvolutionCall):
             asked += _for_the_time(("cuDNN's workspace (assumed)", entry.module), choose(entry))
+        elif isinstance(entry, ScratchCall):
+            taken, *given_back = _for_the_time(("scratch", entry.operator, entry.module), entry.nbytes)
+            asked.append(taken)
         elif isinstance(entry, ReductionCall):
             threads = THREADS[gpu.arch]
             taken = buffers(
@@ -203,6 +207,7 @@ def requests(account: Account, gpu: GpuKind, choose: Choice) -> Iterator[list[Re
             asked += _for_the_time(("reduction's buffers", entry.module), taken.staging, taken.semaphores)
         else:
             asked.append(Request(entry.storage, entry.nbytes, (entry.operator, entry.module, entry.category)))
+            asked, given_back = asked + given_back, []
             if entry.operator in MATRIX_PRODUCTS and is_forward not in threads_seen:
                 threads_seen.add(is_forward)
                 label = ("cuBLAS' workspace (assumed)", "forward" if is_forward else "backward")

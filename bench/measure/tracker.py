@@ -44,7 +44,7 @@ from bench.measure.account import (
     Entry,
     Mark,
 )
-from bench.measure.operators import adds_up_gradients, calls, unseen_bytes
+from bench.measure.operators import adds_up_gradients, calls, scratch, unseen_bytes
 from kernels import runtime
 
 NODES = 100_000
@@ -109,8 +109,9 @@ class _Operators(TorchDispatchMode):
             tracker._see_sum(args[0], result, operator)
             return result
         for tensor in _tensors(result):
-            tracker._see(tensor, TEMPORARY, operator, unseen_bytes(func, args, tensor))
             if tracker._counts(tensor):
+                tracker._entries.extend(scratch(operator, tracker._module(), args, tensor))
+                tracker._see(tensor, TEMPORARY, operator, unseen_bytes(func, args, tensor))
                 tracker._entries.extend(calls(operator, tracker._module(), args, tensor))
         return result
 
