@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train.run
-from bench import memory
+from bench.memory import command as memory
 from train import compare, diagram, evaluate
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,6 +5,7 @@ A GPU is torch's functions faked, with NVML by a small library of our own; the t
 
 import csv
 import json
+import mmap
 import os
 from types import SimpleNamespace
 
@@ -46,9 +47,10 @@ def hold(monkeypatch):
 
     def hold(mib: int) -> None:
         def holding(trainer, *arguments):
-            buffer = torch.ones(mib * MIB, dtype=torch.uint8)
-            train_epoch(trainer, *arguments)
-            del buffer
+            # A mapping of its own: malloc may serve it from what earlier tests freed, and nothing would grow.
+            with mmap.mmap(-1, max(mib, 1) * MIB) as buffer:
+                torch.frombuffer(buffer, dtype=torch.uint8).fill_(1)
+                train_epoch(trainer, *arguments)
 
         monkeypatch.setattr(train.loop.Trainer, "train_epoch", holding)
 
