@@ -94,7 +94,7 @@ def test_help_explains_every_flag_in_80_columns(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     parser = command.make_parser()
     assert max(map(len, parser.format_help().splitlines())) <= 80
-    assert f"python -m {command.__name__}" in parser.format_help()
+    assert f"python -m {command.__name__.removesuffix('.command')} " in parser.format_help()
     assert all(action.help for action in parser._actions)
 
 
