@@ -1,0 +1,108 @@
+"""Reading machine code: listings by hand, and what the compiler made of our kernels."""
+
+import pytest
+import torch
+
+from bench.measure.sass import OTHER, Code, Instruction, innermost, parse, read
+from kernels import tiles
+from kernels.geometry import ConvGeometry
+from kernels.runtime import MULTIPROCESSORS, Target, compile_ahead
+
+LISTING = """
+	code for sm_80
+		Function : some_kernel
+        /*0000*/                   MOV R1, c[0x0][0x28] ;            /* 0x00000a0000017a02 */
+                                                                     /* 0x000fe40000000f00 */
+        /*0010*/                   LDG.E.64 R2, [R4.64] ;            /* 0x0000000000000000 */
+        /*0020*/              @!P0 BRA 0xa0 ;                        /* 0x0000000000000000 */
+        /*0030*/                   LDGSTS.E.BYPASS.LTC128B.128 [R9], [R4.64], P4 ;  /* 0x0 */
+        /*0040*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;             /* 0x0 */
+        /*0050*/                   LDSM.16.M88.4 R4, [R7] ;          /* 0x0 */
+        /*0060*/                   HMMA.1688.F32.TF32 R8, R4, R6, R8 ;              /* 0x0 */
+        /*0070*/                   IADD3 R3, R3, 0x40, RZ ;          /* 0x0 */
+        /*0080*/               @P1 BRA 0x50 ;                        /* 0x0 */
+        /*0090*/              @UP2 BRA.U 0x10 ;                      /* 0x0 */
+        /*00a0*/                   EXIT ;                            /* 0x0 */
+        /*00b0*/                   BRA 0xb0;                         /* 0x0 */
+"""
+
+
+def instruction(opcode: str) -> Instruction:
+    (found,) = parse(f"        /*0000*/                   {opcode} R1, R2 ;")
+    return found
+
+
+def test_lines_are_read_with_predicates_and_targets():
+    found = parse(LISTING)
+    assert [one.address for one in found] == list(range(0, 0xC0, 0x10))
+    assert [one.opcode for one in found][:4] == ["MOV", "LDG.E.64", "BRA", "LDGSTS.E.BYPASS.LTC128B.128"]
+    assert [one.target for one in found if one.target is not None] == [0xA0, 0x50, 0x10, 0xB0]
+
+
+def test_the_main_loop_is_the_innermost_one():
+    """From 0x50 to 0x80; the outer one from 0x10 on holds it, and the branch to itself at the end is none."""
+    (loop,) = innermost(parse(LISTING))
+    assert [one.address for one in loop.instructions] == [0x50, 0x60, 0x70, 0x80]
+    assert loop.multiply_adds == 16 * 8 * 8
+    assert loop.others == 3
+    assert loop.overhead == pytest.approx(3000 / 1024)
+    assert loop.mix == {"shared load": 1, "multiply-add": 1, OTHER: 1, "control": 1}
+
+
+@pytest.mark.parametrize(
+    ("opcode", "multiply_adds"),
+    [
+        ("HMMA.16816.F32", 2048), ("HMMA.1688.F32", 1024), ("HMMA.1684.F32.TF32", 512), ("DMMA.884", 256),
+        ("HGMMA.64x128x16.F32.BF16", 64 * 128 * 16 // 4), ("FFMA", 32), ("FFMA2", 64), ("DFMA", 32), ("IMAD", 0),
+        ("UTCHMMA", 0),
+    ],
+)  # fmt: skip
+def test_multiply_adds_of_a_warp(opcode, multiply_adds):
+    assert instruction(opcode).multiply_adds == multiply_adds
+
+
+@pytest.mark.parametrize(
+    ("opcode", "kind", "width"),
+    [
+        ("LDG.E.128.SYS", "global load", 16), ("LDG.E.U16", "global load", 2), ("LDG.E", "global load", 4),
+        ("LDGSTS.E.BYPASS.LTC128B.128", "asynchronous copy", 16), ("STG.E.64", "global store", 8),
+        ("LDL.LU", "spill", 4), ("LDS.128", "shared load", 16), ("UTMALDG.2D", "asynchronous copy", 4),
+        ("ISETP.GE.AND", "predicate", 4), ("IMAD.WIDE", OTHER, 4),
+    ],
+)  # fmt: skip
+def test_kinds_and_widths(opcode, kind, width):
+    assert (instruction(opcode).kind, instruction(opcode).bytes_a_thread) == (kind, width)
+
+
+SHAPES = ((256, 64, 32, 32), (64, 64, 3, 3))
+
+
+@pytest.mark.parametrize(("arch", "cores"), [("sm_75", False), ("sm_80", True), ("sm_90", True)])
+def test_a_pass_of_the_main_loop_multiplies_one_tile(arch, cores):
+    """The counted multiply-adds are those of the tile, which nothing in the machine code says."""
+    (kernel, *_) = compile_ahead("forward", *SHAPES, padding=1, dtype=torch.float16, arch=arch)
+    geometry = ConvGeometry.of(*SHAPES, (1, 1), (1, 1), (1, 1), 1)
+    tile = tiles.forward_tile(Target(arch, MULTIPROCESSORS[arch]), geometry, torch.float16, "ieee")
+    code = read(kernel.asm["cubin"])
+    loop = code.main_loop
+    assert loop.multiply_adds == tile.M * tile.N * tile.K // tile.num_warps
+    assert loop.has_tensor_cores == loop.has_asynchronous_copies == cores
+    assert set(loop.global_loads) == {16}
+    assert code.spills == code.stack_bytes == 0
+    assert 32 < code.registers <= 255
+
+
+def test_spills_are_seen_and_an_unrolled_loop_is_the_whole_kernel():
+    listing = "\n".join(
+        f"        /*00{place}0*/                   {opcode} R1, R2 ;"
+        for place, opcode in enumerate(("STL", "FFMA", "FFMA", "LDL.LU", "EXIT"))
+    )
+    code = Code(parse(listing), registers=255, stack_bytes=4, shared_bytes=0)
+    assert code.spills == 2
+    assert code.main_loop is None
+    assert (code.worked.multiply_adds, code.worked.others) == (64, 3)
+
+
+def test_what_is_no_kernel_is_refused():
+    with pytest.raises(ValueError, match="no kernel"):
+        read(b"not a cubin")
