@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from bench.measure.account import Account, Change, ConvolutionCall, Mark, ReductionCall, ScratchCall
+from bench.measure.occupancy import LIMITS
 from bench.measure.predict import (
     CUBLAS_WORKSPACE,
     CUBLASLT_WORKSPACE,
@@ -18,7 +19,6 @@ from bench.measure.predict import (
     replay,
     room_on,
 )
-from bench.measure.reduction import THREADS
 from bench.memory.step import Step, rehearse
 from kernels.runtime import MULTIPROCESSORS
 
@@ -182,5 +182,5 @@ def test_cached_segments_are_given_back_before_memory_runs_out():
 def test_every_gpu_is_one_that_is_compiled_for(name):
     gpu = GPUS[name]
     assert gpu.arch in MULTIPROCESSORS
-    assert gpu.arch in THREADS
+    assert gpu.arch in LIMITS
     assert gpu.total > context_of(gpu).high / MIB

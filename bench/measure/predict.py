@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from bench.measure.account import Account, ConvolutionCall, Mark, ReductionCall, ScratchCall
 from bench.measure.allocator import CachingAllocator, OutOfMemory, Request
-from bench.measure.reduction import THREADS, buffers
+from bench.measure.occupancy import LANES, LIMITS
+from bench.measure.reduction import buffers
 
 MIB = 2**20
 
@@ -200,7 +201,7 @@ def requests(account: Account, gpu: GpuKind, choose: Choice) -> Iterator[list[Re
             taken, *given_back = _for_the_time(("scratch", entry.operator, entry.module), entry.nbytes)
             asked.append(taken)
         elif isinstance(entry, ReductionCall):
-            threads = THREADS[gpu.arch]
+            threads = LANES * LIMITS[gpu.arch].warps
             taken = buffers(
                 entry.results, entry.terms, entry.element, multiprocessors=gpu.multiprocessors, threads=threads
             )

@@ -16,9 +16,6 @@ WARP = 32
 LEAST_VALUES, MOST_VALUES = 16, 256
 """Values that a thread adds up, where blocks are numbered so (min_values_per_thread, max_values_per_thread)."""
 
-# Threads that a multiprocessor holds, by architecture: CUDA C++ Programming Guide, "Compute Capabilities".
-THREADS = {"sm_75": 1024, "sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
-
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
