@@ -7,12 +7,11 @@ import contextlib
 
 import torch
 
-from bench.measure.host import open_host
-from bench.measure.nvml import open_gpu
 from bench.measure.sampling import Recorder
 from bench.measure.tracker import Tracker
 from bench.memory.step import Step, Training
 from bench.rows import MODEL
+from train.memory import device_asked
 
 SECTION = "accounting for memory, a SimpleNet training step"
 SAMPLED_STEPS = 20
@@ -39,8 +38,7 @@ def test_tracking(conv, device, size, side_by_side):
 def test_sampling(device, size, side_by_side):
     """A sample each 10 ms, of the driver's figures or of the resident set."""
     steps = training("torch", device, size)
-    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-    recorder = Recorder(period=0.01, open_device=open_host if uuid is None else lambda: open_gpu(uuid))
+    recorder = Recorder(period=0.01, open_device=device_asked(device))
 
     def run(around: contextlib.AbstractContextManager) -> None:
         with around:

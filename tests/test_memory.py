@@ -303,7 +303,7 @@ def test_live_follows_real_steps(memory_run):
     step = Step(model="simplenet", conv="torch", batch_size=8, image_size=32)
     peak = rehearse(step, "cpu").peak.nbytes
     assert seen["peak"] == peak
-    assert seen["witness"] == "resident set"
+    assert seen["witness"] == "resident set, CPU"
     assert list(seen["phases"]) == ["forward", "backward", "optimizer step"]
     assert set(seen["recording"]["phases"]) == {"set-up", "forward", "backward", "optimizer step", "rest"}
     assert seen["recording"]["phases"]["backward"]["stretches"] == 3
@@ -325,6 +325,10 @@ def test_live_follows_real_steps(memory_run):
         pytest.param(["simplenet", "--predict", "--live"], ["--live", "--predict"], id="predict-and-live"),
         pytest.param(["simplenet", "--live"], ["--live", "--conv"], id="live-of-all"),
         pytest.param(["simplenet", "--live", "--conv", "torch", "--fits", "t4"], ["--fits", "--live"], id="live-fits"),
+        pytest.param(
+            ["simplenet", "--live", "--conv", "torch", "--batch-size", str(10**9)], ["not enough memory"],
+            id="live-of-too-many-images",
+        ),
         pytest.param(["simplenet", "--steps", "3"], ["--steps", "--live"], id="steps-without-live"),
         pytest.param(["simplenet", "--snapshot", "s.pickle"], ["--snapshot", "--conv"], id="snapshot-of-all"),
         pytest.param(["simplenet", "--batch-size", "0"], ["--batch-size", "0"], id="zero-batch"),

@@ -1,10 +1,11 @@
 """The accountant against storages that can be counted by hand."""
 
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 
 import pytest
 import torch
+from storages import KIB, W, X, kib, net
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -14,14 +15,6 @@ from bench.measure import account as accounts
 from bench.measure.account import OUTSIDE, Change, Mark
 from bench.measure.tracker import Tracker
 from kernels import conv2d, runtime
-
-KIB = 1024
-X, W = (2, 3, 8, 8), (4, 3, 3, 3)  # of a convolution: 1.5 KiB, 432 bytes; with a padding of 1 it makes 2 KiB
-
-
-def kib(n: int, device: str = "cpu") -> torch.Tensor:
-    """A tensor of n KiB."""
-    return torch.zeros(n * KIB // 4, device=device)
 
 
 @pytest.fixture(params=["cpu", "meta"])
@@ -209,10 +202,6 @@ BACKWARD = [
     ("block.inner.0", "aten.mm"), ("block.inner.0", "aten.mm"),
     ("block.act", "aten.tanh_backward"),
 ]  # fmt: skip
-
-
-def net(block: nn.Module, device: str) -> nn.Module:
-    return nn.Sequential(OrderedDict(block=block)).to(device)
 
 
 def made(tracker: Tracker) -> list[tuple[str, str]]:

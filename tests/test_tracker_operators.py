@@ -1,9 +1,9 @@
 """The accountant and what operators take: convolutions, sums, gradients that are added up, and no value is changed."""
 
-from collections import OrderedDict
 
 import pytest
 import torch
+from storages import KIB, W, X, kib, net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,22 +11,10 @@ import models
 from bench.measure.account import OUTSIDE, Change, ConvolutionCall, ReductionCall, ScratchCall
 from bench.measure.tracker import Tracker
 
-KIB = 1024
-X, W = (2, 3, 8, 8), (4, 3, 3, 3)  # of a convolution: 1.5 KiB, 432 bytes; with a padding of 1 it makes 2 KiB
-
-
-def kib(n: int, device: str = "cpu") -> torch.Tensor:
-    """A tensor of n KiB."""
-    return torch.zeros(n * KIB // 4, device=device)
-
 
 @pytest.fixture(params=["cpu", "meta"])
 def device(request):
     return request.param
-
-
-def net(block: nn.Module, device: str) -> nn.Module:
-    return nn.Sequential(OrderedDict(block=block)).to(device)
 
 
 FORWARD_CALL = ("aten.convolution", 1536 + 432 + 2048)

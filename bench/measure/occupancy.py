@@ -11,6 +11,7 @@ the rules of rounding, the CUDA Occupancy Calculator.
 from dataclasses import dataclass
 
 LANES = 32
+"""Threads of a warp."""
 REGISTERS = 65_536
 """Of a multiprocessor."""
 REGISTER_UNIT = 256

@@ -10,9 +10,10 @@ dimension that is dense in memory.
 
 from dataclasses import dataclass
 
+from bench.measure.occupancy import LANES
+
 MOST_THREADS = 512
 """Of a block, divided by the results that a thread computes (MAX_NUM_THREADS)."""
-WARP = 32
 LEAST_VALUES, MOST_VALUES = 16, 256
 """Values that a thread adds up, where blocks are numbered so (min_values_per_thread, max_values_per_thread)."""
 
@@ -36,7 +37,7 @@ def buffers(results: int, terms: int, element: int, *, multiprocessors: int, thr
     at_once = next(count for count in (4, 2, 1) if results % count == 0)
     most = MOST_THREADS // at_once
     columns, rows = (_power_of_two(min(size, most)) for size in (results // at_once, terms))
-    width = min(columns, WARP)
+    width = min(columns, LANES)
     height = min(rows, most // width)
     width = min(columns, most // height)
     values = -(-terms // height)

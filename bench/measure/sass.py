@@ -23,9 +23,10 @@ from pathlib import Path
 
 import triton
 
+from bench.measure.occupancy import LANES
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
-LANES = 32
 WARPS_OF_A_GROUP = 4
 """Warps that execute one HGMMA together."""
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from bench.measure.account import CATEGORIES, INPUT, OPTIMIZER, OUTSIDE, PARAMETERS
-from bench.measure.predict import MIB, Range, in_mib
+from bench.measure.predict import DRIVERS_SHARE, MIB, Range, in_mib
 from bench.memory.colours import COLOURS
 
 MOST_BRANCHES = 6
@@ -122,7 +122,8 @@ def notes(reports: Sequence[dict]) -> list[str]:
     lines = [f"Assumed: {text}." for text in assumptions.values()]
     if any(entry["largest_batch"] for entry in entries):
         gpu = first["gpu"]
-        kept = "0.6-3% of it assumed" if gpu["kept"] is None else f"{gpu['kept']:,} MiB"
+        share = "{:g}-{:g}% of it assumed".format(*DRIVERS_SHARE)
+        kept = share if gpu["kept"] is None else f"{gpu['kept']:,} MiB"
         lines.append(
             f"Fits on one {gpu['name']} ({gpu['total']:,} MiB, of which its driver keeps some: {kept}), if nobody else "
             "uses it: surely up to the first number, by the least favourable ends of what is assumed above for current "

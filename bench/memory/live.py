@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from rich import box
@@ -11,29 +12,24 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.measure.account import CATEGORIES
-from bench.measure.host import open_host
-from bench.measure.nvml import open_gpu
 from bench.measure.sampling import Phase, Recorder, Usage
 from bench.measure.tracker import Tracker
 from bench.memory.colours import COLOURS
 from bench.memory.console import mib
 from bench.memory.step import BACKWARD, FORWARD, OPTIMIZER_STEP, Step, Training
+from train.cli import UserError
+from train.memory import DEVICE, HOST, IN_SHORT, PROCESS, device_asked
 from train.report import device_name
 
 PHASES = (FORWARD, BACKWARD, OPTIMIZER_STEP)
-DEVICE = "NVML, whole device"
 
 
 def follow(console: Console, step: Step, steps: int, device: torch.device) -> dict:
-    """Makes so many steps and shows them; returns what was seen, in bytes. Raises ValueError as Training does."""
+    """Makes so many steps and shows them; returns what was seen, in bytes. Raises UserError where they do not fit."""
     tracker = Tracker(device)
-    if device.type == "cuda":
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        recorder = Recorder(open_device=lambda: open_gpu(uuid))
-    else:
-        recorder = Recorder(open_device=open_host)
+    recorder = Recorder(open_device=device_asked(device))
     view = View(step, steps, device, tracker, recorder)
-    with recorder:
+    with recorder, telling_what_does_not_fit(step):
         training = Training(step, device, tracker, on_phase=view.phase_ended)
         recorder.mark("set-up")
         live = Live(view, console=console, refresh_per_second=8, transient=True)
@@ -46,6 +42,20 @@ def follow(console: Console, step: Step, steps: int, device: torch.device) -> di
                     console.print(view.line())
     console.print(view.closing())
     return view.as_dict()
+
+
+@contextlib.contextmanager
+def telling_what_does_not_fit(step: Step) -> Iterator[None]:
+    """A refusal of memory becomes a UserError; PyTorch has an error of its own for a GPU's alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"not enough memory for {step.batch_size} images of {step.image_size} px a step; take a smaller "
+            "--batch-size, or leave out --live"
+        ) from error
 
 
 class View:
@@ -75,14 +85,13 @@ class View:
     @property
     def source(self) -> str:
         """What the witness beside the tracker measures."""
-        overall = self.recorder.recording.overall
         if self.device.type != "cuda":
-            return "resident set"
-        return "NVML, this process" if overall.process else DEVICE
+            return IN_SHORT[HOST]
+        return IN_SHORT[PROCESS if self.recorder.recording.overall.process else DEVICE]
 
     def usage(self, phase: Phase) -> Usage | None:
         """Of what `source` says; never one for the other."""
-        return phase.used if self.source == DEVICE else phase.process
+        return phase.used if self.source == IN_SHORT[DEVICE] else phase.process
 
     def title(self) -> str:
         step = self.step

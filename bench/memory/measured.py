@@ -10,6 +10,7 @@ from bench.measure.nvml import GpuMemory, NvmlUnavailable, gpu_memory
 from bench.measure.predict import MIB, GpuKind
 from bench.memory.step import STEPS, Step, Training, track
 from kernels.runtime import MULTIPROCESSORS
+from train.memory import IN_SHORT, PROCESS
 
 
 class NoGpu(Exception):
@@ -76,7 +77,7 @@ def measure_here(step: Step) -> dict[str, Any]:
     if before is None or after is None:
         source, nbytes = "PyTorch alone, without NVML", None
     elif after.process is not None:
-        source, nbytes = "NVML, this process", after.process
+        source, nbytes = IN_SHORT[PROCESS], after.process
     else:
         source, nbytes = "NVML, growth of the device's use", after.used - before.used
     measured = {
