@@ -11,7 +11,7 @@ from kernels.runtime import MULTIPROCESSORS
     [
         pytest.param("sm_80", 32, 4, 0, 16, "warps", id="64-warps-in-blocks-of-4"),
         pytest.param("sm_80", 128, 4, 0, 4, "registers", id="65536-registers-by-128-for-128-threads"),
-        pytest.param("sm_80", 129, 4, 0, 3, "registers", id="129-registers-are-rounded-up-to-136"),
+        pytest.param("sm_80", 73, 4, 0, 6, "registers", id="73-registers-are-rounded-up-to-80"),
         pytest.param("sm_80", 255, 8, 0, 1, "registers", id="two-warps-of-255-to-a-scheduler"),
         pytest.param("sm_80", 64, 4, 48 * 1024, 3, "shared memory", id="a-kib-more-for-the-system"),
         pytest.param("sm_80", 32, 1, 0, 32, "blocks", id="32-blocks-at-most"),
