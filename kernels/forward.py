@@ -134,7 +134,7 @@ def forward(
         depthwise.forward(x, w, bias, g, target, y)
         return y
     rows = g.N * g.P * g.Q
-    tile = tiles.forward_tile(target, g, x.dtype, precision)
+    tile = tiles.choose("forward", target, g, x.dtype, precision)
     runtime.launch(
         forward_kernel,
         target,

@@ -154,7 +154,7 @@ def input_grad(
     step_r, step_s = g.SH // common_h, g.SW // common_w
     rows = g.residue_class_pixels
     classes_h, classes_w = g.residue_classes
-    tile = tiles.input_grad_tile(target, g, dy.dtype, precision)
+    tile = tiles.choose("input_grad", target, g, dy.dtype, precision)
     runtime.launch(
         input_grad_kernel,
         target,

@@ -4,29 +4,22 @@
 Triton is imported, and `import torchvision` already imports it. Here both forms of a kernel are built from one
 function, and each launch picks by the device of its tensors, so that CPU and CUDA tensors work in one process.
 The price: a kernel may not call jitted helpers, and `tl.zeros`, `tl.sum`, `tl.max` and `tl.cdiv` are such helpers.
-
-Interpreted, a kernel is executed by Triton's interpreter but for three things: its loads and stores are NumPy's gather
-and scatter, on the tensors themselves instead of copies, and bfloat16 is computed in float32 and rounded at the end.
 """
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from types import SimpleNamespace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton.language as tl
-import triton.runtime.interpreter as triton_interpreter
-from threadpoolctl import ThreadpoolController
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
-from triton.runtime.interpreter import GridExecutor, InterpretedFunction, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, MockTensor
 
+from kernels import interpreter
 from kernels.geometry import ConvGeometry
 
 INTERPRETER = "interpreter"
@@ -64,9 +57,23 @@ class Target:
     """Streaming multiprocessors of the device; 1 for the interpreter, which runs one program at a time."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """A launch as it would be on a GPU that is not here."""
+
+    kernel: CompiledKernel
+    """With `.asm["cubin"]` (`"hsaco"` for AMD), `.asm["ptx"]`, `.metadata`."""
+    grid: tuple[int, int]
+    """Programs on each axis."""
+    arguments: dict[str, object]
+    """By name, all that are no tensors: sizes, strides, block sizes, `num_warps`, `num_stages`."""
+
+
 # Of the best-known GPU of each generation: T4, A100, RTX 3090, L4, H100, B200, RTX 5090. A launch asks its device;
 # these serve compilation ahead of time only.
 MULTIPROCESSORS = {"sm_75": 40, "sm_80": 108, "sm_86": 82, "sm_89": 58, "sm_90": 132, "sm_100": 148, "sm_120": 170}
+# Compute units of AMD's MI300X and RX 7900 XTX, for which the kernels compile; nobody has run them there.
+COMPUTE_UNITS = {"gfx942": 304, "gfx1100": 96}
 
 
 def backend_for(device: torch.device | str) -> str:
@@ -170,102 +177,17 @@ def launch(
     if tensors[0].is_meta and _ahead.collected is None:
         return
     if target.name == INTERPRETER:
-        _interpret(kernel, grid, args, output, constants)
+        with _triton_lock:
+            interpreter.interpret(kernel.interpreted, grid, args, output, constants)
     elif tensors[0].is_meta:
         stand_ins = [MockTensor(arg.dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]
-        _ahead.collected.append(kernel.compiled.warmup(*stand_ins, grid=grid, **constants))
+        compiled = kernel.compiled.warmup(*stand_ins, grid=grid, **constants)
+        names = kernel.compiled.arg_names
+        numbers = {name: arg for name, arg in zip(names, args, strict=False) if not isinstance(arg, torch.Tensor)}
+        _ahead.collected.append(Launch(kernel=compiled, grid=grid, arguments=numbers | constants))
     else:
         with _triton_lock, torch.cuda.device(tensors[0].device):
             kernel.compiled[grid](*args, **constants)
-
-
-class _InPlace(GridExecutor):
-    """Interprets on CPU tensors as they are.
-
-    Triton's own takes what it is given for a device's, and makes host tensors of it by functions that refer to
-    themselves: so it keeps every argument's memory until Python next looks for cycles.
-    """
-
-    def _init_args_hst(self, args_dev: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args_dev, kwargs
-
-    def _restore_args_dev(self, *_: object) -> None:
-        pass
-
-
-def _interpret(kernel: Kernel, grid: tuple[int, int], args: tuple, output: torch.Tensor, constants: dict) -> None:
-    # Triton's interpreter rounds to bfloat16 wrongly where a mantissa overflows (1.999 becomes 1.0) and multiplies
-    # bfloat16 bit patterns as integers, so such kernels run on float32 copies: products of bfloat16 values are exact
-    # there, and sums are float32 on a GPU too.
-    wide = [arg.float() if _is_bfloat16(arg) else arg for arg in args]
-    builder = triton_interpreter.interpreter_builder
-    with _triton_lock, np.errstate(all="ignore"), _blas().limit(limits=1, user_api="blas"):
-        usual = dict(vars(builder))
-        # Overflow checks make every integer operation ten; a compiled kernel has none either.
-        builder.options = replace(builder.options, sanitize_overflow=False)
-        # Triton's own pair copies one element at a time, which was half of a training step's time.
-        builder.create_masked_load, builder.create_masked_store = _load, _store
-        try:
-            executor = _InPlace(kernel.interpreted.rewrite(), kernel.interpreted.arg_names, grid)
-            executor(*wide, **constants)
-        finally:
-            vars(builder).clear()
-            vars(builder).update(usual)
-    if _is_bfloat16(output):
-        output.copy_(next(copy for arg, copy in zip(args, wide, strict=True) if arg is output))
-
-
-def _load(pointers: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *_: object) -> TensorHandle:
-    """A block's elements, gathered by NumPy; masked ones are never read, and are `other`, or 0."""
-    element = pointers.get_element_ty()
-    dtype = triton_interpreter._get_np_dtype(element)
-    addresses, valid = pointers.data, mask.data.astype(bool, copy=False)
-    filler = np.zeros((), dtype) if other is None else other.data
-    if valid.all():
-        return TensorHandle(_gather(addresses, dtype), element)
-    if not valid.any():
-        return TensorHandle(np.broadcast_to(filler, addresses.shape), element)
-    readable = np.where(valid, addresses, addresses.flat[valid.argmax()])
-    return TensorHandle(np.where(valid, _gather(readable, dtype), filler), element)
-
-
-def _store(pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *_: object) -> None:
-    """Scatters a block's unmasked elements, by NumPy."""
-    addresses, values, valid = pointers.data, value.data, mask.data.astype(bool, copy=False)
-    if not valid.all():
-        addresses, values = addresses[valid], np.broadcast_to(values, valid.shape)[valid]
-    if addresses.size:
-        memory, places = _memory(addresses, values.dtype)
-        memory[places] = values
-
-
-def _gather(addresses: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    memory, places = _memory(addresses, dtype)
-    return memory.take(places)
-
-
-def _memory(addresses: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """The memory from the lowest to the highest address as one array, and each address's place in it."""
-    first, last = int(addresses.min()), int(addresses.max())
-    count = (last - first) // dtype.itemsize + 1
-    span = SimpleNamespace(
-        __array_interface__={"version": 3, "typestr": dtype.str, "shape": (count,), "data": (first, False)}
-    )
-    places = (addresses - np.uint64(first)).view(np.int64) >> (dtype.itemsize.bit_length() - 1)
-    return np.asarray(span), places
-
-
-@cache
-def _blas() -> ThreadpoolController:
-    """The matrix library under NumPy, which multiplies interpreted blocks.
-
-    One thread of it: between two products its others wait by spinning, and take the core that the interpreter needs.
-    """
-    return ThreadpoolController()
-
-
-def _is_bfloat16(arg: object) -> bool:
-    return isinstance(arg, torch.Tensor) and arg.dtype == torch.bfloat16
 
 
 class _AheadDriver:
@@ -275,6 +197,9 @@ class _AheadDriver:
         self.arch = arch
 
     def get_current_target(self) -> GPUTarget:
+        if self.arch in COMPUTE_UNITS:
+            # A wavefront has 64 lanes on the data centre's generations and 32 on the gamers'.
+            return GPUTarget("hip", self.arch, 64 if self.arch.startswith("gfx9") else 32)
         return GPUTarget("cuda", int(self.arch.removeprefix("sm_")), 32)
 
     def get_current_device(self) -> str:
@@ -286,21 +211,22 @@ class _AheadDriver:
 
 
 @contextlib.contextmanager
-def compiling_ahead(arch: str) -> Iterator[list[CompiledKernel]]:
+def compiling_ahead(arch: str) -> Iterator[list[Launch]]:
     """While open, launchers called on meta tensors compile for `arch` ("sm_80") instead of running.
 
-    The kernels are appended to the list that the context yields. Needs no GPU, and may be entered in a process
+    The launches are appended to the list that the context yields. Needs no GPU, and may be entered in a process
     that also interprets or runs kernels.
 
-    Raises ValueError for an architecture that is not in `MULTIPROCESSORS`.
+    Raises ValueError for an architecture that is neither in `MULTIPROCESSORS` nor in `COMPUTE_UNITS`.
     """
-    if arch not in MULTIPROCESSORS:
-        raise ValueError(f"unknown GPU architecture {arch!r}; known: {', '.join(MULTIPROCESSORS)}")
+    known = MULTIPROCESSORS | COMPUTE_UNITS
+    if arch not in known:
+        raise ValueError(f"unknown GPU architecture {arch!r}; known: {', '.join(known)}")
     with _triton_lock:
         active = driver._active
         driver.set_active(_AheadDriver(arch))
         try:
-            with _standing_for(Target(arch, MULTIPROCESSORS[arch]), []) as compiled:
+            with _standing_for(Target(arch, known[arch]), []) as compiled:
                 yield compiled
         finally:
             driver._active = active
@@ -317,7 +243,7 @@ def planning(target: Target) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _standing_for(target: Target, collected: list[CompiledKernel] | None) -> Iterator[list[CompiledKernel] | None]:
+def _standing_for(target: Target, collected: list[Launch] | None) -> Iterator[list[Launch] | None]:
     """While open, meta tensors of this thread stand for those on `target`."""
     outer = getattr(_ahead, "target", None), getattr(_ahead, "collected", None)
     _ahead.target, _ahead.collected = target, collected
@@ -355,12 +281,33 @@ def compile_ahead(
     precision: str = "ieee",
     arch: str = "sm_80",
 ) -> list[CompiledKernel]:
-    """The kernels that `op` would launch on a GPU of `arch`, compiled without one.
+    """The kernels that `op` would launch on a GPU of `arch`, compiled without one; `launches_ahead` tells more of each.
+
+    Takes and raises what that does. Each kernel has `.asm["cubin"]` (`"hsaco"` for AMD), `.asm["ptx"]`, `.metadata`.
+    """
+    options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+    launches = launches_ahead(op, x_shape, w_shape, **options, dtype=dtype, precision=precision, arch=arch)
+    return [launch.kernel for launch in launches]
+
+
+def launches_ahead(
+    op: str,
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float16,
+    precision: str = "ieee",
+    arch: str = "sm_80",
+) -> list[Launch]:
+    """What `op` would launch on a GPU of `arch`, in that order, compiled without one.
 
     op is "forward" (with a bias), "input_grad" or "weight_grad"; x_shape (N, Ci, H, W), w_shape (Co, Ci/groups, R, S),
     all tensors channels-last; precision is "ieee" or "tf32" and concerns float32 alone. The launcher itself picks tile
-    and arguments, on meta tensors, and the JIT itself specialises them. Each kernel has `.asm["cubin"]`, `.asm["ptx"]`
-    and `.metadata`.
+    and arguments, on meta tensors, and the JIT itself specialises them.
 
     Raises ValueError for an unknown operation, architecture, dtype or precision, and RuntimeError for a geometry that
     does not fit.
@@ -372,9 +319,9 @@ def compile_ahead(
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
     geometry = ConvGeometry.of(x_shape, w_shape, stride, padding, dilation, groups)
-    with compiling_ahead(arch) as compiled:
+    with compiling_ahead(arch) as launches:
         _operations[op](geometry, dtype, precision)
-    return compiled
+    return launches
 
 
 def meta_channels_last(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -44,44 +44,51 @@ MOST_TAP_BITS = 62
 # compiles them for SimpleNet's convolutions and fails on a spill.
 PIXEL_TILES = {
     # No tensor cores under Triton before sm_80: everything is FFMA. Half precision spills at twice the depth.
-    (75, 2): Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
-    (75, 4): Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
-    (75, 8): Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),
+    (75, 2): (Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),),
+    (75, 4): (Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),),
+    (75, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),),
     # 64 channels of fp16 are one 128-byte line a row: 16-byte asynchronous copies, fully coalesced.
-    (80, 2): Tile(M=128, N=64, K=64, num_warps=4, num_stages=3),
+    (80, 2): (Tile(M=128, N=64, K=64, num_warps=4, num_stages=3),),
     # As many bytes as the fp16 tile, for TF32.
-    (80, 4): Tile(M=128, N=64, K=32, num_warps=4, num_stages=3),
-    (80, 8): Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),
+    (80, 4): (Tile(M=128, N=64, K=32, num_warps=4, num_stages=3),),
+    (80, 8): (Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),),
     # The compiler holds more addresses at once for sm_120: twice the warps, half the registers' worth for each.
-    (120, 2): Tile(M=128, N=64, K=64, num_warps=8, num_stages=3),
-    (120, 4): Tile(M=128, N=64, K=32, num_warps=8, num_stages=3),
+    (120, 2): (Tile(M=128, N=64, K=64, num_warps=8, num_stages=3),),
+    (120, 4): (Tile(M=128, N=64, K=32, num_warps=8, num_stages=3),),
 }
 
 # The same for forward over few channels, where each element has a mask and an address of its own in registers: the
 # shallowest blocks, and more warps to hold them.
 FLAT_TILES = {
-    (75, 2): Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
-    (75, 4): Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
-    (75, 8): Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),
-    (80, 2): Tile(M=128, N=64, K=16, num_warps=8, num_stages=2),
-    (80, 4): Tile(M=128, N=64, K=16, num_warps=8, num_stages=2),
-    (80, 8): Tile(M=64, N=32, K=16, num_warps=4, num_stages=2),
-    (120, 4): Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),
+    (75, 2): (Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),),
+    (75, 4): (Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),),
+    (75, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),),
+    (80, 2): (Tile(M=128, N=64, K=16, num_warps=8, num_stages=2),),
+    (80, 4): (Tile(M=128, N=64, K=16, num_warps=8, num_stages=2),),
+    (80, 8): (Tile(M=64, N=32, K=16, num_warps=4, num_stages=2),),
+    (120, 4): (Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),),
 }
 
 # The same for the weight gradient, whose reduction runs over pixels: square, since both operands are loaded by pixel,
 # and small, since Co x R*S*Ci has few blocks to share among the multiprocessors.
 WEIGHT_TILES = {
-    (75, 2): Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
-    (75, 4): Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
-    (75, 8): Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),
-    (80, 2): Tile(M=64, N=64, K=64, num_warps=4, num_stages=3),
-    (80, 4): Tile(M=64, N=64, K=32, num_warps=4, num_stages=3),
-    (80, 8): Tile(M=32, N=32, K=16, num_warps=4, num_stages=2),
+    (75, 2): (Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),),
+    (75, 4): (Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),),
+    (75, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),),
+    (80, 2): (Tile(M=64, N=64, K=64, num_warps=4, num_stages=3),),
+    (80, 4): (Tile(M=64, N=64, K=32, num_warps=4, num_stages=3),),
+    (80, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=2),),
+}
+
+# AMD's, of every operation: their shared memory (64 KiB) holds two steps of the main loop. Compiled, never run.
+AMD_TILES = {
+    2: (Tile(M=64, N=64, K=32, num_warps=4, num_stages=2),),
+    4: (Tile(M=64, N=64, K=16, num_warps=4, num_stages=2),),
+    8: (Tile(M=32, N=32, K=16, num_warps=4, num_stages=2),),
 }
 
 # IEEE fp32 has no tensor cores on any generation; the TF32 tiles would spill.
-IEEE_FP32_TILE = Tile(M=64, N=64, K=16, num_warps=8, num_stages=2)
+IEEE_FP32_TILES = (Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),)
 
 # The interpreter's prices, measured on one thread of a 2-core AMD EPYC (numpy 2.4, Triton 3.8). They only rank blocks.
 INTERPRETED_STEP = 3e-3  # seconds of Python for one step of a main loop
@@ -99,23 +106,37 @@ def few_channels(geometry: ConvGeometry) -> bool:
     return geometry.Ci_group < SMALLEST and geometry.R * geometry.S > 1
 
 
-def forward_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> Tile:
-    """The forward product's tile: rows are output pixels, columns output channels of a group."""
+def choose(op: str, target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> Tile:
+    """The tile that a launch takes: the first of `candidates`."""
+    return candidates(op, target, geometry, dtype, precision)[0]
+
+
+def candidates(
+    op: str, target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str
+) -> tuple[Tile, ...]:
+    """Tiles that may serve "forward", "input_grad" or "weight_grad", the best guess first; one for the interpreter."""
+    rule = {"forward": _forward_tiles, "input_grad": _input_grad_tiles, "weight_grad": _weight_grad_tiles}[op]
+    return tuple(dict.fromkeys(rule(target, geometry, dtype, precision)))
+
+
+def _forward_tiles(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> list[Tile]:
+    """Rows are output pixels, columns output channels of a group."""
     g = geometry
     flat = few_channels(g) or g.R * g.S > MOST_TAP_BITS
     terms = g.R * g.S * g.Ci_group if flat else g.Ci_group
     table = FLAT_TILES if flat else PIXEL_TILES
-    return replace(_pixel_tile(table, target, dtype, precision, g.N * g.P * g.Q, g.Co_group, terms), flat=flat)
+    found = _pixel_tiles(table, target, dtype, precision, g.N * g.P * g.Q, g.Co_group, terms)
+    return [replace(tile, flat=flat) for tile in found]
 
 
-def input_grad_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> Tile:
-    """The input gradient's tile: rows are input pixels of one residue class, columns input channels of a group."""
+def _input_grad_tiles(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> list[Tile]:
+    """Rows are input pixels of one residue class, columns input channels of a group."""
     g = geometry
-    return _pixel_tile(PIXEL_TILES, target, dtype, precision, g.residue_class_pixels, g.Ci_group, g.Co_group)
+    return _pixel_tiles(PIXEL_TILES, target, dtype, precision, g.residue_class_pixels, g.Ci_group, g.Co_group)
 
 
-def weight_grad_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> Tile:
-    """The weight gradient's tile: rows are output channels of a group, columns filter places, terms output pixels."""
+def _weight_grad_tiles(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> list[Tile]:
+    """Rows are output channels of a group, columns filter places, terms output pixels."""
     g = geometry
     places = g.R * g.S * g.Ci_group
     if target.name == INTERPRETER:
@@ -126,12 +147,12 @@ def weight_grad_tile(target: Target, geometry: ConvGeometry, dtype: torch.dtype,
             (min(power_of_two(places), N) for N in (512, 256, 128, 64)),
             key=lambda N: -(-places // N) * (INTERPRETED_STEP + INTERPRETED_LOAD * rows * (N + M)),
         )
-        return Tile(M=M, N=N, K=min(power_of_two(rows), INTERPRETER_ROWS, LARGEST_BLOCK // max(M, N)), flat=True)
+        return [Tile(M=M, N=N, K=min(power_of_two(rows), INTERPRETER_ROWS, LARGEST_BLOCK // max(M, N)), flat=True)]
     flat = few_channels(g)
-    tile = _lookup(WEIGHT_TILES, target, dtype, precision)
-    return replace(
-        tile, M=_fit(tile.M, g.Co_group), N=_fit(tile.N, places if flat else g.Ci_group), flat=flat
-    )
+    return [
+        replace(tile, M=_fit(tile.M, g.Co_group), N=_fit(tile.N, places if flat else g.Ci_group), flat=flat)
+        for tile in _lookup(WEIGHT_TILES, target, dtype, precision)
+    ]
 
 
 def depthwise_tile(target: Target, rows: int, channels: int, dtype: torch.dtype) -> Tile:
@@ -160,23 +181,27 @@ def splits(target: Target, *, programs: int, steps: int) -> int:
     return max(1, min(wanted, steps // 4))
 
 
-def _pixel_tile(
+def _pixel_tiles(
     table: dict, target: Target, dtype: torch.dtype, precision: str, rows: int, columns: int, terms: int
-) -> Tile:
+) -> list[Tile]:
     if target.name == INTERPRETER:
         # The block that wastes least on the last step; among equals the largest.
         K = min((256, 128, 64), key=lambda K: -(-terms // K) * K) if terms > 32 else power_of_two(terms)
         N = min(power_of_two(columns), 256)
         M = min(power_of_two(rows), INTERPRETER_ROWS, LARGEST_BLOCK // max(N, K))
-        return Tile(M=M, N=N, K=K)
-    tile = _lookup(table, target, dtype, precision)
-    return replace(tile, N=_fit(tile.N, columns), K=_fit(tile.K, terms))
+        return [Tile(M=M, N=N, K=K)]
+    return [
+        replace(tile, N=_fit(tile.N, columns), K=_fit(tile.K, terms))
+        for tile in _lookup(table, target, dtype, precision)
+    ]
 
 
-def _lookup(table: dict, target: Target, dtype: torch.dtype, precision: str) -> Tile:
+def _lookup(table: dict, target: Target, dtype: torch.dtype, precision: str) -> tuple[Tile, ...]:
+    if target.name.startswith("gfx"):
+        return AMD_TILES[dtype.itemsize]
     generation = int(target.name.removeprefix("sm_"))
     if generation >= 80 and dtype == torch.float32 and precision == "ieee":
-        return IEEE_FP32_TILE
+        return IEEE_FP32_TILES
     served = [first for first, size in table if first <= generation and size == dtype.itemsize]
     return table[max(served), dtype.itemsize]
 

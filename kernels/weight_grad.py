@@ -121,7 +121,7 @@ def weight_grad(
     if g.depthwise:
         depthwise.weight_grad(dy, x, g, target, dw)
         return dw
-    tile = tiles.weight_grad_tile(target, g, dy.dtype, precision)
+    tile = tiles.choose("weight_grad", target, g, dy.dtype, precision)
     tiles_n = -(-g.R * g.S * g.Ci_group // tile.N) if tile.flat else g.R * g.S * -(-g.Ci_group // tile.N)
     programs = -(-g.Co_group // tile.M) * tiles_n
     steps = -(-rows // tile.K)

@@ -105,10 +105,10 @@ def test_sizes_of_one_do_not_fold_into_undefined_addresses(arch):
 def test_forward_without_a_bias_and_into_either_layout(layout):
     geometry = ConvGeometry.of((2, 64, 8, 8), (64, 64, 3, 3))
     x, w = (runtime.meta_channels_last(shape, torch.float16) for shape in (geometry.x_shape, geometry.w_shape))
-    with runtime.compiling_ahead("sm_80") as compiled:
+    with runtime.compiling_ahead("sm_80") as launches:
         forward(x, w, None, geometry, memory_format=layout)
-    assert len(compiled) == 1
-    assert "b_ptr" not in function_line(compiled[0])
+    assert len(launches) == 1
+    assert "b_ptr" not in function_line(launches[0].kernel)
 
 
 def test_the_other_generations_compile():
@@ -157,3 +157,22 @@ def test_unknown_names_are_refused():
         compile_ahead("forward", *shapes, precision="fast")
     with pytest.raises(RuntimeError, match="to have 3 channels, but got 4"):
         compile_ahead("forward", (1, 4, 6, 6), (3, 3, 3, 3))
+
+
+@pytest.mark.parametrize("arch", list(runtime.COMPUTE_UNITS))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_kernel_compiles_for_amd_within_its_shared_memory(op, dtype, arch):
+    for shape in (CONVOLUTIONS["3x3-64"], DEPTHWISE["3x3-96"]):
+        x_shape, w_shape, geometry = shape
+        for kernel in compile_ahead(op, x_shape, w_shape, dtype=dtype, arch=arch, **geometry):
+            assert kernel.asm["hsaco"]
+            assert kernel.metadata.shared <= 64 * 1024
+
+
+def test_a_launch_ahead_of_time_tells_its_grid_and_its_arguments():
+    (launch,) = runtime.launches_ahead("forward", (256, 64, 32, 32), (64, 64, 3, 3), padding=1)
+    rows = 256 * 32 * 32
+    assert launch.grid == (rows // launch.arguments["BLOCK_M"], 1)
+    assert launch.arguments["ROWS"] == rows
+    assert launch.arguments["num_warps"] == launch.kernel.metadata.num_warps

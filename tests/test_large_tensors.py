@@ -11,7 +11,7 @@ from reference import native_conv2d, random
 from torch.nn.functional import conv_transpose2d
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from kernels import conv2d, runtime, split_k, tiles
+from kernels import conv2d, interpreter, runtime, split_k, tiles
 from kernels.forward import forward
 from kernels.geometry import ConvGeometry
 from kernels.input_grad import input_grad
@@ -86,17 +86,17 @@ def test_the_middle_of_a_large_output_gradient_is_found(groups):
 def last_program(monkeypatch):
     """Launches run the last program of their grid alone; second passes of split-K are left out."""
     program = []
-    interpret = runtime._interpret
+    interpret = interpreter.interpret
 
     def run(kernel, grid, args, output, constants):
-        if kernel is not split_k.sum_splits_kernel:
+        if kernel is not split_k.sum_splits_kernel.interpreted:
             program[:] = grid[0] - 1, grid[1] - 1
             interpret(kernel, (1, 1), args, output, constants)
 
     def create_get_program_id(self, axis):
         return TensorHandle(torch.tensor([program[axis]], dtype=torch.int32).numpy(), tl.int32)
 
-    monkeypatch.setattr(runtime, "_interpret", run)
+    monkeypatch.setattr(interpreter, "interpret", run)
     monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", create_get_program_id)
 
 
@@ -165,7 +165,7 @@ def test_the_last_split_of_a_large_weight_gradient_is_right(x_shape, groups, fla
     dy = untouched(*geometry.y_shape)
     end(dy, BLOCK).copy_(half(*end(dy, BLOCK).shape, seed=3))
     if not flat:
-        monkeypatch.setattr(tiles, "weight_grad_tile", lambda *_: tiles.Tile(M=32, N=32, K=BLOCK))
+        monkeypatch.setattr(tiles, "candidates", lambda *_: (tiles.Tile(M=32, N=32, K=BLOCK),))
     monkeypatch.setattr(tiles, "splits", lambda target, *, programs, steps: steps)
     taken = []
     with runtime.on_allocate(lambda nbytes, what, tensor: taken.append(tensor) if "split-K" in what else None):
@@ -201,7 +201,7 @@ def test_a_filter_of_more_than_two_to_the_31_weights_is_read_to_its_end(pointwis
 @pytest.mark.parametrize("K", [1024, 2048], ids=["channels-fill-the-blocks", "channels-end-within-a-block"])
 def test_an_input_gradient_reads_a_large_filter_to_its_end(K, pointwise, last_program, monkeypatch):
     geometry, _, w, dy = pointwise
-    monkeypatch.setattr(tiles, "input_grad_tile", lambda *_: tiles.Tile(M=16, N=64, K=K))
+    monkeypatch.setattr(tiles, "candidates", lambda *_: (tiles.Tile(M=16, N=64, K=K),))
     dx = input_grad(dy, w, geometry)
     exact = torch.einsum("k,kc->c", dy[0, -256:, 0, 0].double(), w[-256:, -64:, 0, 0].double())
     assert_near(dx[0, -64:, 0, 0], exact)

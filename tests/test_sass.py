@@ -82,7 +82,7 @@ def test_a_pass_of_the_main_loop_multiplies_one_tile(arch, cores):
     """The counted multiply-adds are those of the tile, which nothing in the machine code says."""
     (kernel, *_) = compile_ahead("forward", *SHAPES, padding=1, dtype=torch.float16, arch=arch)
     geometry = ConvGeometry.of(*SHAPES, (1, 1), (1, 1), (1, 1), 1)
-    tile = tiles.forward_tile(Target(arch, MULTIPROCESSORS[arch]), geometry, torch.float16, "ieee")
+    tile = tiles.choose("forward", Target(arch, MULTIPROCESSORS[arch]), geometry, torch.float16, "ieee")
     code = read(kernel.asm["cubin"])
     loop = code.main_loop
     assert loop.multiply_adds == tile.M * tile.N * tile.K // tile.num_warps

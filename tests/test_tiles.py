@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import assert_matches
 
-from kernels import conv2d, ops, runtime, tiles
+from kernels import conv2d, interpreter, ops, runtime, tiles
 from kernels.geometry import ConvGeometry
 from kernels.runtime import Target
 
@@ -22,13 +22,13 @@ CASES = [
 def addresses(monkeypatch) -> list[tuple[int, int]]:
     """(lowest, highest) address of each block that interpreted kernels load, masked elements included."""
     seen = []
-    load = runtime._load
+    load = interpreter._load
 
     def record(pointers, *arguments):
         seen.append((int(pointers.data.min()), int(pointers.data.max())))
         return load(pointers, *arguments)
 
-    monkeypatch.setattr(runtime, "_load", record)
+    monkeypatch.setattr(interpreter, "_load", record)
     return seen
 
 
@@ -38,7 +38,9 @@ def gpu_tiles(monkeypatch):
 
     def use(arch: str) -> None:
         gpu = Target(arch, 8)
-        for name in ("forward_tile", "input_grad_tile", "weight_grad_tile", "depthwise_tile", "splits"):
+        candidates = tiles.candidates
+        monkeypatch.setattr(tiles, "candidates", lambda op, _, *a: candidates(op, gpu, *a))
+        for name in ("depthwise_tile", "splits"):
             pick = getattr(tiles, name)
             monkeypatch.setattr(tiles, name, lambda _, *a, _pick=pick, **k: _pick(gpu, *a, **k))
 
@@ -63,7 +65,7 @@ def test_the_ieee_tile_computes_the_same_when_interpreted(x_shape, w_shape, geom
     lookup = tiles._lookup
     monkeypatch.setattr(tiles, "_lookup", lambda *a: taken.append(lookup(*a)) or taken[-1])
     assert_matches(conv2d, x_shape, w_shape, torch.float32, **geometry)
-    assert set(taken) == {tiles.IEEE_FP32_TILE}
+    assert set(taken) == {tiles.IEEE_FP32_TILES}
 
 
 ADDRESS_CASES = [
@@ -115,7 +117,7 @@ def test_a_split_count_is_a_function_of_shape_and_device():
 def test_gpu_blocks_divide_channels_where_they_can():
     for channels, block in ((64, 64), (96, 32), (48, 16), (20, 32), (3, 16), (512, 64)):
         g = ConvGeometry.of((8, channels, 9, 9), (64, channels, 3, 3))
-        tile = tiles.forward_tile(Target("sm_80", 108), g, torch.float16, "ieee")
+        tile = tiles.choose("forward", Target("sm_80", 108), g, torch.float16, "ieee")
         assert (16 if tile.flat else block) == tile.K, channels
 
 
@@ -123,8 +125,8 @@ def test_gpu_blocks_divide_channels_where_they_can():
 @pytest.mark.parametrize("channels", [1, 3, 64, 700])
 def test_interpreted_blocks_stay_within_tritons_limit(size, channels):
     g = ConvGeometry.of((64, channels, size, size), (channels, channels, 1, 1))
-    for pick in (tiles.forward_tile, tiles.input_grad_tile, tiles.weight_grad_tile):
-        tile = pick(INTERPRETED, g, torch.float32, "ieee")
+    for op in ("forward", "input_grad", "weight_grad"):
+        (tile,) = tiles.candidates(op, INTERPRETED, g, torch.float32, "ieee")
         for block in (tile.M, tile.N, tile.K):
             assert block & (block - 1) == 0
         assert max(tile.M * tile.N, tile.M * tile.K, tile.K * tile.N) <= tiles.LARGEST_BLOCK
