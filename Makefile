@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint bench memory clean
+.PHONY: help setup train test test-slow lint bench card memory gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,8 +38,14 @@ lint: $(READY)  ## ruff
 bench: $(READY)  ## time forward, gradients and a training step for each convolution
 	$(BIN)/python -m pytest bench/ --benchmark-only
 
+card: $(READY)  ## what the compiler's output says of the kernels, on GPUs that are not here
+	$(BIN)/python -m bench.report_card
+
 memory: $(READY)  ## account for the memory of a training step of SimpleNet
 	$(BIN)/python -m bench.memory simplenet
+
+gpu-check: $(READY)  ## on a machine with a GPU: tests, tiles, tuning and times on it, one report
+	$(BIN)/python -m bench.gpu_check $(ARGS)
 
 clean:  ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis

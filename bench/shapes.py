@@ -3,12 +3,14 @@
 Nothing is listed twice: a model is run on meta tensors, and its convolutions tell what they are and what they got.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 import models
+from kernels.geometry import ConvGeometry
 
 # Of SimpleNet's seven convolutions: the stem, which has 3 channels and a stride; both 3x3, which do most of the work;
 # and the 1x1 that writes the largest result, where memory is the limit.
@@ -31,6 +33,12 @@ class Layer:
     dilation: tuple[int, int]
     groups: int
 
+    @property
+    def geometry(self) -> ConvGeometry:
+        return ConvGeometry.of(
+            self.x_shape, self.w_shape, self.stride, self.padding, self.dilation, self.groups
+        )
+
     def module(self, conv: str) -> nn.Conv2d:
         """This layer computed by one of models.CONVOLUTIONS, freshly initialised, with a bias."""
         return models.CONVOLUTIONS[conv](
@@ -44,6 +52,11 @@ class Layer:
         )
 
 
+def name_of(w_shape: Sequence[int]) -> str:
+    """Filter and output channels of (Co, Ci/groups, R, S), as "conv3x3-64"."""
+    return f"conv{w_shape[2]}x{w_shape[3]}-{w_shape[0]}"
+
+
 def conv_layers(model_name: str, batch_size: int, image_size: int) -> list[Layer]:
     """The model's convolutions in the order they run, for a batch of square images; equal ones once.
 
@@ -55,10 +68,9 @@ def conv_layers(model_name: str, batch_size: int, image_size: int) -> list[Layer
     layers = []
 
     def note(conv: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> None:
-        rows, columns = conv.kernel_size
         layers.append(
             Layer(
-                name=f"conv{rows}x{columns}-{conv.out_channels}",
+                name=name_of(conv.weight.shape),
                 x_shape=tuple(inputs[0].shape),
                 w_shape=tuple(conv.weight.shape),
                 stride=conv.stride,

@@ -4,28 +4,32 @@ Implicit GEMM: M = N*P*Q rows, N = Co columns, K = R*S*Ci terms, each group by i
 (BLOCK_M, BLOCK_N) tile in an fp32 accumulator (fp64 for fp64): the matrix that unfold would write is read straight
 from the image, element by element, and never exists.
 
-Memory: x [N, H, W, Ci] and w [Co, R, S, Ci/groups], dense; y in any strides. Row offsets are int64.
+Memory: x [N, H, W, Ci], dense; w [Co, R, S, Ci/groups], or transposed within each group [Ci/groups, R, S, Co/groups];
+y in any strides. Row offsets are int64.
 """
 
 import torch
 import triton.language as tl
 
-from kernels import depthwise, runtime, tiles
+from kernels import depthwise, runtime, tiles, tuning
 from kernels.geometry import ConvGeometry
 
 
 @runtime.kernel
 def forward_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr,
-    ROWS, H, W, P, Q,
+    ROWS, STEPS, H, W, P, Q,
     stride_yn, stride_yc, stride_yp, stride_yq,
+    stride_wk: tl.constexpr, stride_wt: tl.constexpr, stride_wc: tl.constexpr,
     CI: tl.constexpr, CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     GROUPS: tl.constexpr,
-    FLAT: tl.constexpr, INDEX: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FLAT: tl.constexpr, INDEX: tl.constexpr, SPAN: tl.constexpr, WEIGHT_INDEX: tl.constexpr, BITS: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    # CI, CO: channels of one group. ROWS = N*P*Q output pixels.
+    # CI, CO: channels of one group. ROWS = N*P*Q output pixels. STEPS of the main loop, known at the launch alone: a
+    # short loop of known length is unrolled, and then holds all its loads in registers at once.
     TERMS: tl.constexpr = R * S * CI
     PITCH: tl.constexpr = GROUPS * CI
     K_BLOCKS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
@@ -37,26 +41,28 @@ def forward_kernel(
     tile_m = tl.program_id(0) // TILES_N % tiles_m
     group = tl.program_id(0) // TILES_N // tiles_m
 
-    # The output pixels of this tile, and the input pixel under each one's first tap (in the halo, perhaps).
+    # The output pixels of this tile, and the input pixel under each one's first tap (in the halo, perhaps). Rows past
+    # the last repeat it, and are not stored.
     o_m = tile_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
-    q = o_m % Q
-    p = o_m // Q % P
-    n = o_m // Q // P
+    row = tl.minimum(o_m, ROWS - 1)
+    q = row % Q
+    p = row // Q % P
+    n = row // Q // P
     h = p * SH - PH
     w = q * SW - PW
     first_pixel = (n * H + h) * W + w
 
-    # Taps that fall inside the image are a range of filter rows and a range of filter columns; none past the last row.
+    # Taps that fall inside the image are a range of filter rows and a range of filter columns.
     r_first = tl.minimum((tl.maximum(-h, 0) + (DH - 1)) // DH, R)
-    r_end = tl.where(o_m < ROWS, tl.minimum((tl.maximum(H - h, 0) + (DH - 1)) // DH, R), 0)
+    r_end = tl.minimum((tl.maximum(H - h, 0) + (DH - 1)) // DH, R)
     s_first = tl.minimum((tl.maximum(-w, 0) + (DW - 1)) // DW, S)
     s_end = tl.minimum((tl.maximum(W - w, 0) + (DW - 1)) // DW, S)
 
     # Columns past the last channel repeat it, inside the tensor, and are not stored.
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-    channel = (group * CO + tl.minimum(o_n, CO - 1)).to(tl.int64)
+    channel = (o_n if CO % BLOCK_N == 0 else tl.minimum(o_n, CO - 1)).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)  # [BK]
-    p_w = w_ptr + channel[None, :] * TERMS + o_k[:, None]  # [BK, BN]
+    p_w = w_ptr + group.to(tl.int64) * (CO * TERMS) + channel[None, :] * stride_wk  # [1, BN]
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
     if FLAT:
@@ -72,7 +78,7 @@ def forward_kernel(
             o_term = (r * DH * W + s * DW).to(tl.int64) * PITCH + term % CI
             o_x = tl.where(inside, first[:, None] + o_term[None, :], 0)
             b_x = tl.load(x_ptr + o_x, inside, other=0.0)
-            b_w = tl.load(p_w + tl.where(term < TERMS, k, -o_k)[:, None], (term < TERMS)[:, None], other=0.0)
+            b_w = tl.load(p_w + tl.where(term < TERMS, term, 0)[:, None], (term < TERMS)[:, None], other=0.0)
             acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
     else:
         # The taps inside, as one integer a row, so that the loop tests one bit: bit r*S+s, over both ranges. The sum of
@@ -80,31 +86,63 @@ def forward_kernel(
         one = tl.full((BLOCK_M,), 1, BITS)
         row_bits = ((one << tl.maximum(r_end, r_first) * S) - (one << r_first * S)) // (2**S - 1)
         taps_inside = row_bits * ((one << tl.maximum(s_end, s_first)) - (one << s_first))  # [BM]
-        p_x = x_ptr + group * CI + o_k[None, :]  # [1, BK]
-        row_step = W * DH
-        # One flattened loop over (tap, channel block), so that loads of the next tap are in flight during this one.
-        for step in range(R * S * K_BLOCKS):
-            tap = step // K_BLOCKS  # r*S + s
-            c = step % K_BLOCKS * BLOCK_K
-            inside = ((taps_inside >> tap) & 1) != 0  # [BM]
-            # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
-            pixel = tl.where(inside, first_pixel + (tap // S * row_step + tap % S * DW), 0)
-            o_x = pixel.to(tl.int64)[:, None] * PITCH
+
+        # A row's pointer is to the pixel under its first tap. A tap in the halo goes from there `back` to the nearest
+        # pixel of the image: asynchronous copies read masked addresses too. Offsets count UNIT elements, so that the
+        # compiler sees what they are multiples of, and loads 16 bytes at once.
+        UNIT: tl.constexpr = BLOCK_K if CI % BLOCK_K == 0 else 1
+        p_x = x_ptr + group * CI + first_pixel.to(tl.int64)[:, None] * PITCH  # [BM, 1]
+        down = tl.minimum(tl.maximum(h, 0), H - 1) - h
+        right = tl.minimum(tl.maximum(w, 0), W - 1) - w
+        back = ((down * W + right).to(SPAN) * (PITCH // UNIT))[:, None]  # [BM, 1]
+        if CI % BLOCK_K == 0:
+            p_x += o_k[None, :]
+            p_w += o_k.to(WEIGHT_INDEX)[:, None] * stride_wc
+
+        # One flattened loop over (tap, channel block), so that loads of the next tap are in flight during this one. All
+        # that changes with a step is a scalar and advances by addition, chosen by `where`: a branch ends pipelining.
+        ROW_STARTS: tl.constexpr = (2 ** (R * S) - 1) // (2**S - 1) - 1  # bit r*S for each r > 0
+        next_row = (W * DH - (S - 1) * DW).to(SPAN) * (PITCH // UNIT)
+        REST: tl.constexpr = (K_BLOCKS - PARTS) * BLOCK_K // UNIT  # of a tap's channels, after its first step
+        UNIT_W: tl.constexpr = UNIT if stride_wc == 1 else stride_wt
+        PART_W: tl.constexpr = BLOCK_K * stride_wc // UNIT_W
+        bit = tl.full((), 1, BITS)
+        o_x = tl.full((), 0, SPAN)
+        o_w = tl.full((), 0, WEIGHT_INDEX)
+        c = tl.full((), 0, tl.int32)
+        for _ in range(STEPS):
+            if PH == 0 and PW == 0:
+                inside = tl.full((BLOCK_M, 1), True, tl.int1)
+            else:
+                inside = (taps_inside & bit)[:, None] != 0  # [BM, 1]
             if CI % BLOCK_K == 0:
-                b_x = tl.load(p_x + (o_x + c), inside[:, None], other=0.0)
-                b_w = tl.load(p_w + step * BLOCK_K)
+                p_tap = p_x + tl.where(inside, o_x, back).to(tl.int64) * UNIT  # [BM, BK]
+                # Parts of one tap's channels share its addresses and its mask.
+                for part in tl.static_range(PARTS):
+                    b_x = tl.load(p_tap + part * BLOCK_K, inside, other=0.0)
+                    b_w = tl.load(p_w + (o_w + part * PART_W) * UNIT_W)
+                    acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
             else:
                 # Lanes past the last channel go back to the first, inside the tensor, and are masked.
                 in_group = c + o_k < CI
-                lane = tl.where(in_group, c, -o_k)
-                b_x = tl.load(p_x + lane[None, :] + o_x, inside[:, None] & in_group[None, :], other=0.0)
-                b_w = tl.load(p_w + (tap * CI + lane)[:, None], in_group[:, None], other=0.0)
-            acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
+                lane = tl.where(in_group, o_k, -c)
+                p_tap = p_x + tl.where(inside, o_x, back + c).to(tl.int64)  # [BM, 1]
+                b_x = tl.load(p_tap + lane[None, :], inside & in_group[None, :], other=0.0)
+                p_lane = p_w + lane.to(WEIGHT_INDEX)[:, None] * stride_wc  # [BK, BN]
+                b_w = tl.load(p_lane + o_w * UNIT_W, in_group[:, None], other=0.0)
+                acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
+            c += PARTS * BLOCK_K
+            last = c == K_BLOCKS * BLOCK_K  # of this tap's channels
+            bit = tl.where(last, bit << 1, bit)
+            next_tap = tl.where((bit & ROW_STARTS) != 0, next_row, DW * PITCH // UNIT)
+            o_x += tl.where(last, next_tap - REST, PARTS * BLOCK_K // UNIT)
+            o_w += tl.where(last, stride_wt // UNIT_W - (K_BLOCKS - PARTS) * PART_W, PARTS * PART_W)
+            c = tl.where(last, 0, c)
 
     if b_ptr is not None:
-        acc += tl.load(b_ptr + channel).to(ACC)[None, :]
+        acc += tl.load(b_ptr + group * CO + channel).to(ACC)[None, :]
     o_y = n.to(tl.int64) * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
-    p_y = y_ptr + o_y[:, None] + (channel * stride_yc)[None, :]
+    p_y = y_ptr + o_y[:, None] + ((group * CO + channel) * stride_yc)[None, :]
     tl.store(p_y, acc.to(y_ptr.dtype.element_ty), (o_m < ROWS)[:, None] & (o_n < CO)[None, :])
 
 
@@ -119,7 +157,8 @@ def forward(
 ) -> torch.Tensor:
     """x (N, Ci, H, W), w (Co, Ci/groups, R, S), bias (Co,) or None -> y (N, Co, P, Q) in `memory_format`.
 
-    All of one floating dtype on one device. x and w are copied if they are not channels-last, bias if it is not dense.
+    All of one floating dtype on one device. x and w are copied if they are not channels-last, bias if it is not dense,
+    and w where `tiles.transposes_weights` says so.
     `precision` is "ieee" or "tf32" and concerns float32 alone. A depthwise convolution is depthwise.py's.
     """
     g = geometry
@@ -134,23 +173,31 @@ def forward(
         depthwise.forward(x, w, bias, g, target, y)
         return y
     rows = g.N * g.P * g.Q
-    tile = tiles.choose("forward", target, g, x.dtype, precision)
-    runtime.launch(
-        forward_kernel,
-        target,
-        (-(-rows // tile.M) * -(-g.Co_group // tile.N) * g.groups, 1),
-        x, w, bias, y,
-        rows, g.H, g.W, g.P, g.Q, *y.stride(),
-        CI=g.Ci_group, CO=g.Co_group, **g.constants,
-        GROUPS=g.groups,
-        FLAT=tile.flat,
-        INDEX=runtime.index_type(g.halo_pixels, rows + tile.M),
-        BITS=runtime.index_type(2 ** (g.R * g.S)),
-        ACC=runtime.accumulator(x.dtype),
-        PRECISION=precision,
-        BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, output=y,
-    )  # fmt: skip
+
+    def run(tile: tiles.Tile) -> None:
+        transposed = not tile.flat and tiles.transposes_weights("forward", target, x.dtype, precision)
+        matrix, (stride_wk, stride_wt, stride_wc) = runtime.filter_matrix(w, g, transposed=transposed)
+        runtime.launch(
+            forward_kernel,
+            target,
+            (-(-rows // tile.M) * -(-g.Co_group // tile.N) * g.groups, 1),
+            x, matrix, bias, y,
+            rows, g.R * g.S * -(-g.Ci_group // (tile.K * tile.parts)), g.H, g.W, g.P, g.Q, *y.stride(),
+            stride_wk=stride_wk, stride_wt=stride_wt, stride_wc=stride_wc,
+            CI=g.Ci_group, CO=g.Co_group, **g.constants,
+            GROUPS=g.groups,
+            FLAT=tile.flat,
+            INDEX=runtime.index_type(g.halo_pixels, rows + tile.M),
+            SPAN=runtime.index_type(g.filter_span * g.Ci),
+            WEIGHT_INDEX=runtime.index_type(g.Co_group * g.R * g.S * g.Ci_group),
+            BITS=runtime.index_type(2 ** (g.R * g.S)),
+            ACC=runtime.accumulator(x.dtype),
+            PRECISION=precision,
+            BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K, PARTS=tile.parts,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, output=y,
+        )  # fmt: skip
+
+    run(tuning.tile("forward", target, g, x, precision, run))
     return y
 
 

@@ -209,6 +209,11 @@ class ConvGeometry:
         return self.N * (self.P + self.DH * self.R) * (self.Q + self.DW * self.S)
 
     @property
+    def filter_span(self) -> int:
+        """Pixels, of x or of y, that lie between a tap and another of the same filter, the halo around it included."""
+        return (self.DH * self.R + self.PH + 2) * max(self.W, self.Q) + self.DW * self.S + self.PW + 2
+
+    @property
     def residue_classes(self) -> tuple[int, int]:
         """How many residue classes of input rows, and of columns, the stride makes: see input_grad.py."""
         return min(self.SH, self.H), min(self.SW, self.W)

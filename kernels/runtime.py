@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton.language as tl
@@ -98,6 +99,11 @@ def target_for(device: torch.device) -> Target:
         return _ahead.target
     if backend_for(device) == INTERPRETER:
         return Target(INTERPRETER, 1)
+    return _gpu(device)
+
+
+@cache
+def _gpu(device: torch.device) -> Target:
     properties = torch.cuda.get_device_properties(device)
     return Target(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
 
@@ -146,6 +152,20 @@ def dense(tensor: torch.Tensor, what: str) -> torch.Tensor:
     if tensor.is_contiguous():
         return tensor
     return empty(tuple(tensor.shape), what, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def filter_matrix(w: torch.Tensor, geometry: ConvGeometry, *, transposed: bool) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """w (Co, Ci/groups, R, S), channels-last -> itself, or a copy whose groups are (Ci/groups, R, S, Co/groups) each.
+
+    With its strides over (output channel, tap, input channel), in elements.
+    """
+    g = geometry
+    if not transposed:
+        return w, (g.R * g.S * g.Ci_group, g.Ci_group, 1)
+    shape = (g.groups, g.Ci_group, g.R, g.S, g.Co_group)
+    copy = empty(shape, "transposed weight", dtype=w.dtype, device=w.device)
+    copy.copy_(w.unflatten(0, (g.groups, g.Co_group)).permute(0, 2, 3, 4, 1))
+    return copy, (1, g.Co_group, g.R * g.S * g.Co_group)
 
 
 def index_type(*extents: int) -> tl.dtype:

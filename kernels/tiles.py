@@ -6,6 +6,7 @@ whatever the block, so that few large blocks win.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -22,11 +23,13 @@ class Tile:
     N: int
     """Columns of the block."""
     K: int
-    """Terms of the reduction in one step of the main loop."""
+    """Terms of the reduction that are multiplied at once."""
     num_warps: int = 4
     """Warps of 32 threads that share the block."""
     num_stages: int = 3
     """Steps of the main loop in flight at once, by asynchronous copies."""
+    parts: int = 1
+    """Blocks of K terms that one step multiplies one after the other. Of one tap, they share addresses and masks."""
     flat: bool = False
     """Whether a block of the filter runs over (r, s, channel) as one axis, instead of staying within one tap."""
 
@@ -37,28 +40,63 @@ SMALLEST = 16
 # Triton refuses blocks of more elements.
 LARGEST_BLOCK = 2**20
 
-# Taps that fit the bits of one integer; a larger filter is walked as one flat axis.
-MOST_TAP_BITS = 62
+# What fits the bits of one integer: taps of a filter (a larger one is walked as one flat axis), patches of an image.
+MOST_BITS = 62
 
-# (first generation it serves, bytes of an operand) -> tile of forward and input gradient. tests/test_compile_ahead.py
-# compiles them for SimpleNet's convolutions and fails on a spill.
+# The tables: (first generation they serve, bytes of an operand) -> tiles, the better one first where the cost below is
+# equal. tests/test_gate.py compiles what they give for SimpleNet, CustomNet and ResNet18, and fails on a spill.
+
+# Of forward and input gradient.
 PIXEL_TILES = {
-    # No tensor cores under Triton before sm_80: everything is FFMA. Half precision spills at twice the depth.
+    # No tensor cores under Triton before sm_80: everything is FFMA, 64 sums to a thread and more. Half precision is
+    # widened in registers, and spills with more sums or at twice the depth.
     (75, 2): (Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),),
-    (75, 4): (Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),),
+    (75, 4): (
+        Tile(M=64, N=128, K=16, num_warps=4, num_stages=1),
+        Tile(M=128, N=64, K=16, num_warps=4, num_stages=1),
+        Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
+    ),
     (75, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),),
-    # 64 channels of fp16 are one 128-byte line a row: 16-byte asynchronous copies, fully coalesced.
-    (80, 2): (Tile(M=128, N=64, K=64, num_warps=4, num_stages=3),),
-    # As many bytes as the fp16 tile, for TF32.
-    (80, 4): (Tile(M=128, N=64, K=32, num_warps=4, num_stages=3),),
+    # 64 channels of fp16 are one 128-byte line a row. Two parts: Triton prefetches from shared memory into registers
+    # on these generations, and copies every one of them once more, unless a step holds two products.
+    (80, 2): (
+        Tile(M=128, N=128, K=32, parts=2, num_warps=8, num_stages=3),
+        Tile(M=128, N=64, K=32, parts=2, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=32, parts=2, num_warps=4, num_stages=3),
+    ),
+    # As many bytes as the fp16 tiles, for TF32.
+    (80, 4): (
+        Tile(M=128, N=128, K=32, num_warps=8, num_stages=3),
+        Tile(M=128, N=64, K=16, parts=2, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=16, parts=2, num_warps=4, num_stages=3),
+    ),
     (80, 8): (Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),),
-    # The compiler holds more addresses at once for sm_120: twice the warps, half the registers' worth for each.
-    (120, 2): (Tile(M=128, N=64, K=64, num_warps=8, num_stages=3),),
-    (120, 4): (Tile(M=128, N=64, K=32, num_warps=8, num_stages=3),),
+    (90, 2): (
+        Tile(M=128, N=128, K=64, num_warps=8, num_stages=3),
+        Tile(M=64, N=128, K=64, num_warps=4, num_stages=4),
+        Tile(M=128, N=64, K=64, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=64, num_warps=4, num_stages=4),
+    ),
+    (90, 4): (
+        Tile(M=128, N=128, K=32, num_warps=8, num_stages=3),
+        Tile(M=128, N=64, K=32, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=32, num_warps=4, num_stages=4),
+    ),
+    # 99 KiB of shared memory, and no prefetching.
+    (120, 2): (
+        Tile(M=128, N=128, K=64, num_warps=8, num_stages=3),
+        Tile(M=128, N=64, K=32, parts=2, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=32, parts=2, num_warps=4, num_stages=3),
+    ),
+    (120, 4): (
+        Tile(M=128, N=128, K=32, num_warps=8, num_stages=3),
+        Tile(M=128, N=64, K=32, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=32, num_warps=4, num_stages=3),
+    ),
 }
 
-# The same for forward over few channels, where each element has a mask and an address of its own in registers: the
-# shallowest blocks, and more warps to hold them.
+# Of forward over few channels, where each element has a mask and an address of its own in registers: the shallowest
+# blocks, and more warps to hold them.
 FLAT_TILES = {
     (75, 2): (Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),),
     (75, 4): (Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),),
@@ -69,15 +107,38 @@ FLAT_TILES = {
     (120, 4): (Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),),
 }
 
-# The same for the weight gradient, whose reduction runs over pixels: square, since both operands are loaded by pixel,
-# and small, since Co x R*S*Ci has few blocks to share among the multiprocessors.
+# Of the weight gradient, whose reduction runs over pixels.
 WEIGHT_TILES = {
     (75, 2): (Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),),
-    (75, 4): (Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),),
+    (75, 4): (
+        Tile(M=128, N=64, K=16, num_warps=4, num_stages=1),
+        Tile(M=64, N=64, K=32, num_warps=4, num_stages=1),
+    ),
     (75, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),),
-    (80, 2): (Tile(M=64, N=64, K=64, num_warps=4, num_stages=3),),
-    (80, 4): (Tile(M=64, N=64, K=32, num_warps=4, num_stages=3),),
+    (80, 2): (
+        Tile(M=128, N=128, K=64, num_warps=8, num_stages=3),
+        Tile(M=64, N=64, K=128, num_warps=4, num_stages=3),
+    ),
+    (80, 4): (
+        Tile(M=128, N=128, K=32, num_warps=8, num_stages=3),
+        Tile(M=64, N=64, K=32, num_warps=4, num_stages=3),
+    ),
     (80, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=2),),
+    (90, 2): (
+        Tile(M=128, N=128, K=64, num_warps=8, num_stages=3),
+        Tile(M=128, N=64, K=64, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=128, num_warps=4, num_stages=3),
+    ),
+    # Two warps: four would use the matrix instructions that take 32-bit operands only with pixels side by side.
+    (90, 4): (Tile(M=64, N=64, K=32, num_warps=2, num_stages=3),),
+    (120, 2): (
+        Tile(M=128, N=128, K=64, num_warps=8, num_stages=3),
+        Tile(M=64, N=64, K=64, num_warps=4, num_stages=3),
+    ),
+    (120, 4): (
+        Tile(M=128, N=128, K=32, num_warps=8, num_stages=3),
+        Tile(M=64, N=64, K=32, num_warps=4, num_stages=3),
+    ),
 }
 
 # AMD's, of every operation: their shared memory (64 KiB) holds two steps of the main loop. Compiled, never run.
@@ -88,7 +149,15 @@ AMD_TILES = {
 }
 
 # IEEE fp32 has no tensor cores on any generation; the TF32 tiles would spill.
-IEEE_FP32_TILES = (Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),)
+IEEE_FP32_TILES = (
+    Tile(M=128, N=64, K=16, num_warps=4, num_stages=2),
+    Tile(M=64, N=128, K=16, num_warps=4, num_stages=3),
+    Tile(M=64, N=64, K=16, num_warps=4, num_stages=3),
+)
+
+# What ranks tiles for a grid, in units of one multiply-add of a block. They only rank.
+LOADING = 32  # a step loads M + N elements for each M * N products: this many products' worth for each
+ALONE = 0.5  # blocks' worth of time that a multiprocessor waits, for memory, however many blocks it holds
 
 # The interpreter's prices, measured on one thread of a 2-core AMD EPYC (numpy 2.4, Triton 3.8). They only rank blocks.
 INTERPRETED_STEP = 3e-3  # seconds of Python for one step of a main loop
@@ -101,6 +170,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _powers_down_from(power: int) -> list[int]:
+    """`power`, half of it, ... 1."""
+    return [power >> bits for bits in range(power.bit_length())]
+
+
 def few_channels(geometry: ConvGeometry) -> bool:
     """Whether one tap has too few channels to fill a block, so that a block should span several taps."""
     return geometry.Ci_group < SMALLEST and geometry.R * geometry.S > 1
@@ -111,6 +185,7 @@ def choose(op: str, target: Target, geometry: ConvGeometry, dtype: torch.dtype, 
     return candidates(op, target, geometry, dtype, precision)[0]
 
 
+@cache
 def candidates(
     op: str, target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str
 ) -> tuple[Tile, ...]:
@@ -122,7 +197,7 @@ def candidates(
 def _forward_tiles(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> list[Tile]:
     """Rows are output pixels, columns output channels of a group."""
     g = geometry
-    flat = few_channels(g) or g.R * g.S > MOST_TAP_BITS
+    flat = few_channels(g) or g.R * g.S > MOST_BITS
     terms = g.R * g.S * g.Ci_group if flat else g.Ci_group
     table = FLAT_TILES if flat else PIXEL_TILES
     found = _pixel_tiles(table, target, dtype, precision, g.N * g.P * g.Q, g.Co_group, terms)
@@ -149,10 +224,42 @@ def _weight_grad_tiles(target: Target, geometry: ConvGeometry, dtype: torch.dtyp
         )
         return [Tile(M=M, N=N, K=min(power_of_two(rows), INTERPRETER_ROWS, LARGEST_BLOCK // max(M, N)), flat=True)]
     flat = few_channels(g)
+    found = _lookup(WEIGHT_TILES, target, dtype, precision)
     return [
-        replace(tile, M=_fit(tile.M, g.Co_group), N=_fit(tile.N, places if flat else g.Ci_group), flat=flat)
-        for tile in _lookup(WEIGHT_TILES, target, dtype, precision)
+        replace(tile, flat=flat) for tile in _fitting(found, {"M": g.Co_group, "N": places if flat else g.Ci_group})
     ]
+
+
+def transposes_weights(op: str, target: Target, dtype: torch.dtype, precision: str) -> bool:
+    """Whether "forward" or "input_grad" reads a transposed copy of the weights: columns and reduction change places.
+
+    FMA units want columns side by side in shared memory, where forward's lie an image's channels apart: threads that
+    read neighbouring ones then meet in the same bank, and take twice as long. Matrix instructions of sm_90 and sm_100
+    take 32-bit operands only with the reduction side by side, and without it each element is copied by itself.
+    """
+    if target.name == INTERPRETER or target.name.startswith("gfx"):
+        return False
+    generation = _generation(target)
+    if op == "forward":
+        return generation < 80 or (dtype == torch.float32 and precision == "ieee")
+    return 90 <= generation < 120 and dtype == torch.float32 and precision == "tf32"
+
+
+def _generation(target: Target) -> int:
+    return int(target.name.removeprefix("sm_"))
+
+
+def patch(tile: Tile, geometry: ConvGeometry) -> tuple[int, int]:
+    """(rows, columns) of the output pixels that one step of a weight gradient reduces over.
+
+    tile.K pixels of one image: of all shapes the one that covers it with the fewest over the edge, among equals the
+    widest. Or, where that is less, the smallest that cover a whole image, of as many images as make tile.K.
+    """
+    g = geometry
+    shapes = [(tile.K // columns, columns) for columns in _powers_down_from(tile.K)]
+    rows, columns = min(shapes, key=lambda shape: -(-g.P // shape[0]) * -(-g.Q // shape[1]))
+    whole = power_of_two(g.P), power_of_two(g.Q)
+    return whole if whole[0] * whole[1] < tile.K else (rows, columns)
 
 
 def depthwise_tile(target: Target, rows: int, channels: int, dtype: torch.dtype) -> Tile:
@@ -170,15 +277,37 @@ def depthwise_tile(target: Target, rows: int, channels: int, dtype: torch.dtype)
     return Tile(M=8 * 32 * num_warps // N, N=N, K=1, num_warps=num_warps, num_stages=1)
 
 
-def splits(target: Target, *, programs: int, steps: int) -> int:
-    """Parts that a weight gradient's reduction is cut into: enough programs for two waves, at least 4 steps each.
+def passing(tile: Tile, dtype: torch.dtype) -> float:
+    """Steps of the main loop that take as long as to write a block's sums for split-K, and to read them again.
 
-    A function of shape and device alone, so that sums are added in the same order in every run.
+    By bytes, of which those to and from memory count four times those that the caches mostly serve.
+    """
+    wide = 8 if dtype == torch.float64 else 4
+    return 4 * 2 * tile.M * tile.N * wide / ((tile.M + tile.N) * tile.K * dtype.itemsize)
+
+
+def splits(target: Target, *, programs: int, steps: int, passing: float = 4) -> int:
+    """Parts that a weight gradient's reduction of so many steps is cut into, at least 4 steps each.
+
+    Enough for a program on every multiprocessor, and then so many that the busiest one is done soonest, if a part costs
+    `passing` steps besides: its sum is written, and read again. A function of shape and device alone, so that sums are
+    added in the same order in every run.
     """
     if target.name == INTERPRETER:
         return 1
-    wanted = -(-2 * target.multiprocessors // programs)
-    return max(1, min(wanted, steps // 4))
+    most = max(1, steps // 4)
+    least = min(most, -(-target.multiprocessors // programs))
+    enough = min(most, -(-4 * target.multiprocessors // programs))
+
+    def seconds(parts: int) -> float:
+        return (_busiest(target, programs * parts) + ALONE) * (-(-steps // parts) + passing)
+
+    return min(range(least, enough + 1), key=seconds)
+
+
+def _busiest(target: Target, programs: int) -> int:
+    """Programs on the multiprocessor that has most of them."""
+    return -(-programs // target.multiprocessors)
 
 
 def _pixel_tiles(
@@ -190,16 +319,42 @@ def _pixel_tiles(
         N = min(power_of_two(columns), 256)
         M = min(power_of_two(rows), INTERPRETER_ROWS, LARGEST_BLOCK // max(N, K))
         return [Tile(M=M, N=N, K=K)]
-    return [
-        replace(tile, N=_fit(tile.N, columns), K=_fit(tile.K, terms))
-        for tile in _lookup(table, target, dtype, precision)
+
+    def seconds(tile: Tile) -> float:
+        """Of the busiest multiprocessor, in some unit."""
+        programs = -(-rows // tile.M) * -(-columns // tile.N)
+        work = tile.M * tile.N + LOADING * (tile.M + tile.N)
+        return (_busiest(target, programs) + ALONE) * work
+
+    found = _fitting(_lookup(table, target, dtype, precision), {"N": columns})
+    return sorted((_with_depth(tile, terms) for tile in found), key=seconds)
+
+
+def _fitting(found: tuple[Tile, ...], extents: dict[str, int]) -> list[Tile]:
+    """Those whose blocks divide the extents {"M" or "N": columns}; if there is none, the smallest made to."""
+
+    def size(tile: Tile) -> tuple[int, ...]:
+        return tuple(getattr(tile, axis) for axis in extents)
+
+    fitting = [tile for tile in found if all(extents[axis] % getattr(tile, axis) == 0 for axis in extents)]
+    return fitting or [
+        replace(tile, **{axis: _fit(getattr(tile, axis), extents[axis]) for axis in extents})
+        for tile in found
+        if size(tile) == min(map(size, found))
     ]
+
+
+def _with_depth(tile: Tile, terms: int) -> Tile:
+    """The tile with as much of its depth as divides the terms."""
+    if terms % (tile.parts * tile.K) == 0:
+        return tile
+    return replace(tile, K=_fit(tile.K, terms), parts=1)
 
 
 def _lookup(table: dict, target: Target, dtype: torch.dtype, precision: str) -> tuple[Tile, ...]:
     if target.name.startswith("gfx"):
         return AMD_TILES[dtype.itemsize]
-    generation = int(target.name.removeprefix("sm_"))
+    generation = _generation(target)
     if generation >= 80 and dtype == torch.float32 and precision == "ieee":
         return IEEE_FP32_TILES
     served = [first for first, size in table if first <= generation and size == dtype.itemsize]

@@ -9,23 +9,26 @@ Memory: dy [N, P, Q, Co] and x [N, H, W, Ci], dense; dw in any strides. Row offs
 import torch
 import triton.language as tl
 
-from kernels import depthwise, runtime, split_k, tiles
+from kernels import depthwise, runtime, split_k, tiles, tuning
 from kernels.geometry import ConvGeometry
 
 
 @runtime.kernel
 def weight_grad_kernel(
     dy_ptr, x_ptr, dw_ptr,
-    ROWS, STEPS, H, W, P, Q,
+    N, TERMS, STEPS, H, W, P, Q,
     stride_wz, stride_wk, stride_wc, stride_wr, stride_ws,
     CI: tl.constexpr, CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     GROUPS: tl.constexpr, TILES_N: tl.constexpr,
-    FLAT: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    FLAT: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, PATCHES_W: tl.constexpr, RAGGED: tl.constexpr,
+    INDEX: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # CI, CO: channels of one group. ROWS = N*P*Q output pixels; each split takes STEPS blocks of BLOCK_K of them.
+    # CI, CO: channels of one group. Each split takes STEPS blocks of BLOCK_K of the TERMS output pixels; or, unless
+    # FLAT, STEPS of the TERMS patches that all output images are cut into.
     PITCH_X: tl.constexpr = GROUPS * CI
+    PITCH_DY: tl.constexpr = GROUPS * CO
     N_BLOCKS: tl.constexpr = (CI + BLOCK_N - 1) // BLOCK_N
     TILES_M: tl.constexpr = (CO + BLOCK_M - 1) // BLOCK_M
 
@@ -52,43 +55,115 @@ def weight_grad_kernel(
     o_co = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
     co = o_co if CO % BLOCK_M == 0 else tl.minimum(o_co, CO - 1)
     ci = c if CI % BLOCK_N == 0 or FLAT else tl.minimum(c, CI - 1)
-    p_dy = dy_ptr + (group * CO + co)[None, :]  # [1, BM]
+    p_dy = dy_ptr + (group * CO + co)[:, None]  # [BM, 1]
     p_x = x_ptr + (group * CI + ci)[None, :]  # [1, BN]
-    tap_pixel = r * DH * W + s * DW
 
-    o_k = (split * STEPS).to(INDEX) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK] output pixels
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
-    for _ in range(STEPS):
-        q = o_k % Q
-        p = o_k // Q % P
-        n = o_k // Q // P
-        in_rows = o_k < ROWS
-        h = p * SH - PH
-        w = q * SW - PW
-        first_pixel = (n * H + h) * W + w  # [BK]
-        # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
-        if FLAT:
+    if FLAT:
+        o_k = (split * STEPS).to(INDEX) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK] output pixels
+        o_tap = (r * DH * W + s * DW).to(tl.int64) * PITCH_X  # [BN]
+        for _ in range(STEPS):
+            q = o_k % Q
+            p = o_k // Q % P
+            n = o_k // Q // P
+            in_images = o_k < TERMS
+            h = p * SH - PH
+            w = q * SW - PW
             # The taps inside are a range of filter rows and a range of filter columns.
             r_first = (tl.maximum(-h, 0) + (DH - 1)) // DH
-            r_end = tl.where(in_rows, tl.minimum((tl.maximum(H - h, 0) + (DH - 1)) // DH, R), 0)
+            r_end = tl.where(in_images, tl.minimum((tl.maximum(H - h, 0) + (DH - 1)) // DH, R), 0)
             s_first = (tl.maximum(-w, 0) + (DW - 1)) // DW
             s_end = (tl.maximum(W - w, 0) + (DW - 1)) // DW
             inside = (r[None, :] >= r_first[:, None]) & (r[None, :] < r_end[:, None])  # [BK, BN]
             inside &= (s[None, :] >= s_first[:, None]) & (s[None, :] < s_end[:, None])
-            first = first_pixel.to(tl.int64) * PITCH_X
-            o_x = tl.where(inside, first[:, None] + (tap_pixel.to(tl.int64) * PITCH_X)[None, :], 0)
-            b_x = tl.load(p_x + o_x, inside, other=0.0)
-        else:
-            h_tap = h + r * DH
-            w_tap = w + s * DW
-            inside = (h_tap >= 0) & (h_tap < H) & (w_tap >= 0) & (w_tap < W) & in_rows  # [BK]
-            # Chosen before the multiplication, so that rows are seen to start at multiples of Ci: 16-byte loads.
-            pixel = tl.where(inside, first_pixel + tap_pixel, 0)
-            b_x = tl.load(p_x + pixel.to(tl.int64)[:, None] * PITCH_X, inside[:, None], other=0.0)
-        row = tl.where(in_rows, o_k, 0).to(tl.int64) * (GROUPS * CO)
-        b_dy = tl.load(p_dy + row[:, None], in_rows[:, None], other=0.0)  # [BK, BM]
-        acc = tl.dot(tl.trans(b_dy), b_x, acc, input_precision=PRECISION, out_dtype=ACC)
-        o_k += BLOCK_K
+            # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
+            first = ((n * H + h) * W + w).to(tl.int64) * PITCH_X
+            b_x = tl.load(p_x + tl.where(inside, first[:, None] + o_tap[None, :], 0), inside, other=0.0)
+            pixel = tl.where(in_images, o_k, 0).to(tl.int64)
+            b_dy = tl.load(p_dy + pixel[None, :] * PITCH_DY, in_images[None, :], other=0.0)  # [BM, BK]
+            acc = tl.dot(b_dy, b_x, acc, input_precision=PRECISION, out_dtype=ACC)
+            o_k += BLOCK_K
+    else:
+        # A step reduces over a patch of PATCH_H x PATCH_W output pixels, of several images where one is too small, so
+        # that a lane's place in its patch never changes, and what changes is one for all lanes: the first image and
+        # the patch (y, z) in it.
+        IMAGES: tl.constexpr = BLOCK_K // (PATCH_H * PATCH_W)
+        DOWN: tl.constexpr = PATCH_H * SH  # input rows from a patch to the one below
+        ASIDE: tl.constexpr = PATCH_W * SW  # input columns to the next
+        patches_h = (P + (PATCH_H - 1)) // PATCH_H
+        o_k = tl.arange(0, BLOCK_K)
+        n = o_k // (PATCH_H * PATCH_W)  # [BK]
+        p = o_k // PATCH_W % PATCH_H
+        q = o_k % PATCH_W
+        h = p * SH + (r * DH - PH)
+        w = q * SW + (s * DW - PW)
+
+        # The patches in which a lane is a pixel of dy, and those in which its tap falls inside the image as well, are
+        # ranges over y and over z.
+        y_end = (P - p + (PATCH_H - 1)) // PATCH_H
+        z_end = (Q - q + (PATCH_W - 1)) // PATCH_W
+        y_in = tl.minimum((tl.maximum(-h, 0) + (DOWN - 1)) // DOWN, y_end)
+        y_out = tl.maximum(tl.minimum((tl.maximum(H - h, 0) + (DOWN - 1)) // DOWN, y_end), y_in)
+        z_in = tl.minimum((tl.maximum(-w, 0) + (ASIDE - 1)) // ASIDE, z_end)
+        z_out = tl.maximum(tl.minimum((tl.maximum(W - w, 0) + (ASIDE - 1)) // ASIDE, z_end), z_in)
+
+        first = split.to(INDEX) * STEPS
+        y = first // PATCHES_W % patches_h
+        z = first % PATCHES_W
+        image = first // PATCHES_W // patches_h * IMAGES
+        o_dy = (image * P + y * PATCH_H) * Q + z * PATCH_W
+        o_x = (image * H + y * DOWN) * W + z * ASIDE
+        lane_dy = (n * P + p) * Q + q
+        lane_x = (n * H + h) * W + w
+        if BITS is not None:
+            # Both ranges as one integer a lane (see forward.py): bit y*PATCHES_W+z.
+            one = tl.full((BLOCK_K,), 1, BITS)
+            ROW: tl.constexpr = 2**PATCHES_W - 1
+            rows = ((one << y_out * PATCHES_W) - (one << y_in * PATCHES_W)) // ROW
+            patches_inside = rows * ((one << z_out) - (one << z_in))  # [BK]
+            patches_of_dy = ((one << y_end * PATCHES_W) - 1) // ROW * ((one << z_end) - 1)  # [BK]
+            bit = tl.full((), 1, BITS) << (y * PATCHES_W + z)
+
+        # From a patch to the next, from the last of a row of patches to the row below, and to the next image.
+        next_row_dy = PATCH_H * Q - (PATCHES_W - 1) * PATCH_W
+        next_row_x = DOWN * W - (PATCHES_W - 1) * ASIDE
+        next_image_dy = next_row_dy + (IMAGES * P - patches_h * PATCH_H) * Q
+        next_image_x = next_row_x + (IMAGES * H - patches_h * DOWN) * W
+        for _ in range(tl.minimum(STEPS, TERMS - first)):
+            if PH == 0 and PW == 0 and not RAGGED:
+                inside = tl.full((BLOCK_K, 1), True, tl.int1)
+            elif BITS is not None:
+                inside = (patches_inside & bit)[:, None] != 0  # [BK, 1]
+            else:
+                inside = ((y >= y_in) & (y < y_out) & (z >= z_in) & (z < z_out))[:, None]
+            if IMAGES > 1:
+                inside &= (n < N - image)[:, None]
+            # Lanes outside go back to the first pixel of all: asynchronous copies read masked addresses too.
+            p_patch = p_x + o_x.to(tl.int64) * PITCH_X
+            b_x = tl.load(p_patch + tl.where(inside, lane_x[:, None], -o_x).to(tl.int64) * PITCH_X, inside, other=0.0)
+            if not RAGGED:
+                in_dy = tl.full((1, BLOCK_K), True, tl.int1)
+            elif BITS is not None:
+                in_dy = (patches_of_dy & bit)[None, :] != 0  # [1, BK]
+            else:
+                in_dy = ((y < y_end) & (z < z_end))[None, :]
+            if IMAGES > 1:
+                in_dy &= (n < N - image)[None, :]
+            p_patch = p_dy + o_dy.to(tl.int64) * PITCH_DY
+            pixel = tl.where(in_dy, lane_dy[None, :], 0).to(tl.int64)
+            b_dy = tl.load(p_patch + pixel * PITCH_DY, in_dy, other=0.0)  # [BM, BK]
+            acc = tl.dot(b_dy, b_x, acc, input_precision=PRECISION, out_dtype=ACC)
+            z += 1
+            last_in_row = z == PATCHES_W
+            y += tl.where(last_in_row, 1, 0)
+            last_in_image = y == patches_h
+            o_dy += tl.where(last_in_image, next_image_dy, tl.where(last_in_row, next_row_dy, PATCH_W))
+            o_x += tl.where(last_in_image, next_image_x, tl.where(last_in_row, next_row_x, ASIDE))
+            if BITS is not None:
+                bit = tl.where(last_in_image, 1, bit << 1)
+            image += tl.where(last_in_image, IMAGES, 0)
+            y = tl.where(last_in_image, 0, y)
+            z = tl.where(last_in_row, 0, z)
 
     o_row = split.to(tl.int64) * stride_wz + (group * CO + o_co).to(tl.int64) * stride_wk
     o_place = c * stride_wc + r * stride_wr + s * stride_ws
@@ -121,28 +196,40 @@ def weight_grad(
     if g.depthwise:
         depthwise.weight_grad(dy, x, g, target, dw)
         return dw
-    tile = tiles.choose("weight_grad", target, g, dy.dtype, precision)
-    tiles_n = -(-g.R * g.S * g.Ci_group // tile.N) if tile.flat else g.R * g.S * -(-g.Ci_group // tile.N)
-    programs = -(-g.Co_group // tile.M) * tiles_n
-    steps = -(-rows // tile.K)
-    splits = tiles.splits(target, programs=programs * g.groups, steps=steps)
-    partial, strides = split_k.workspace(g, splits, dw)
-    runtime.launch(
-        weight_grad_kernel,
-        target,
-        (programs * g.groups, splits),
-        dy, x, partial,
-        rows, -(-steps // splits), g.H, g.W, g.P, g.Q, *strides,
-        CI=g.Ci_group, CO=g.Co_group, **g.constants,
-        GROUPS=g.groups, TILES_N=tiles_n,
-        FLAT=tile.flat,
-        INDEX=runtime.index_type(g.halo_pixels, rows + splits * tile.K),
-        ACC=runtime.accumulator(dy.dtype),
-        PRECISION=precision,
-        BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, output=partial,
-    )  # fmt: skip
-    split_k.add_up(partial, dw, g, target)
+
+    def run(tile: tiles.Tile) -> None:
+        tiles_n = -(-g.R * g.S * g.Ci_group // tile.N) if tile.flat else g.R * g.S * -(-g.Ci_group // tile.N)
+        programs = -(-g.Co_group // tile.M) * tiles_n
+        if tile.flat:
+            patch_h = patch_w = patches_w = ragged = bits = None
+            terms, steps = rows, -(-rows // tile.K)
+        else:
+            patch_h, patch_w = tiles.patch(tile, g)
+            patches_h, patches_w = -(-g.P // patch_h), -(-g.Q // patch_w)
+            ragged = g.P % patch_h > 0 or g.Q % patch_w > 0
+            patches = patches_h * patches_w
+            bits = runtime.index_type(2**patches) if patches <= tiles.MOST_BITS else None
+            terms = steps = -(-g.N // (tile.K // (patch_h * patch_w))) * patches
+        splits = tiles.splits(target, programs=programs * g.groups, steps=steps, passing=tiles.passing(tile, dy.dtype))
+        partial, strides = split_k.workspace(g, splits, dw)
+        runtime.launch(
+            weight_grad_kernel,
+            target,
+            (programs * g.groups, splits),
+            dy, x, partial,
+            g.N, terms, -(-steps // splits), g.H, g.W, g.P, g.Q, *strides,
+            CI=g.Ci_group, CO=g.Co_group, **g.constants,
+            GROUPS=g.groups, TILES_N=tiles_n,
+            FLAT=tile.flat, PATCH_H=patch_h, PATCH_W=patch_w, PATCHES_W=patches_w, RAGGED=ragged, BITS=bits,
+            INDEX=runtime.index_type(g.halo_pixels, rows + splits * tile.K),
+            ACC=runtime.accumulator(dy.dtype),
+            PRECISION=precision,
+            BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, output=partial,
+        )  # fmt: skip
+        split_k.add_up(partial, dw, g, target)
+
+    run(tuning.tile("weight_grad", target, g, dy, precision, run))
     return dw
 
 

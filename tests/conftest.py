@@ -1,12 +1,13 @@
 """Fixtures that more than one test file uses."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from PIL import Image
 from rich.console import Console
@@ -18,6 +19,48 @@ from train.data import load_data
 from train.distributed import World
 from train.loop import Trainer
 from train.recipes import RECIPES
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where the tests marked on_device, the convolutions', make their tensors; cuda skips all others",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    reference.DEVICE = torch.device(config.getoption("--device"))
+    if reference.DEVICE.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: PyTorch sees no GPU here")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if reference.DEVICE.type == "cpu":
+        return
+    for item in items:
+        cpu_only = item.get_closest_marker("cpu_only")
+        if cpu_only is not None:
+            item.add_marker(pytest.mark.skip(f"CPU only: {cpu_only.args[0]}"))
+        elif item.get_closest_marker("on_device") is None:
+            item.add_marker(pytest.mark.skip("not marked on_device: it makes its tensors on the CPU"))
+
+
+@pytest.fixture(autouse=True)
+def _on_device() -> Iterator[None]:
+    """Under --device cuda PyTorch's factories make tensors there, and float32 is not rounded to TF32 unless asked."""
+    if reference.DEVICE.type == "cpu":
+        yield
+        return
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    torch.set_default_device(reference.DEVICE)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        conv.fp32_precision = before
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,14 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5.5e-4, t
 
 NAMES = ("y", "dx", "dw", "db")
 
+# Where tests marked `on_device` make their tensors; tests/conftest.py sets it to what --device says.
+DEVICE = torch.device("cpu")
+
 
 def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Normal values that are exact in `dtype`."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    """Normal values that are exact in `dtype`, the same on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(DEVICE, dtype)
 
 
 def operands(groups: int = 1, **_) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,19 +48,19 @@ def second_gradients(conv2d, *operands: torch.Tensor | None, **geometry) -> tupl
     return torch.autograd.grad(sum(g.pow(3).sum() for g in first), tensors, materialize_grads=True)
 
 
-def assert_matches(conv2d, x_shape, w_shape, dtype=torch.float32, bias=True, device="cpu", layout=None, **geometry):
+def assert_matches(conv2d, x_shape, w_shape, dtype=torch.float32, bias=True, layout=None, **geometry):
     """Value and all gradients of conv2d on random operands agree with float64 within TOLERANCE of the dtype."""
     x = random(*x_shape, dtype=dtype, seed=1).to(memory_format=layout or torch.contiguous_format)
     w = random(*w_shape, dtype=dtype, seed=2).to(memory_format=layout or torch.contiguous_format)
     b = random(w_shape[0], dtype=dtype, seed=3) if bias else None
-    assert_operands_match(conv2d, *(t if t is None else t.to(device) for t in (x, w, b)), **geometry)
+    assert_operands_match(conv2d, x, w, b, **geometry)
 
 
 def assert_operands_match(conv2d, x, w, b, asked="xwb", **geometry):
     """Value and the gradients asked for, of these operands, agree with float64 within TOLERANCE of their dtype."""
     wide = [t if t is None else t.detach().cpu().double() for t in (x, w, b)]
     dy = random(*native_conv2d(*wide, **geometry).shape, dtype=x.dtype, seed=4)
-    wide.append(dy.double())
+    wide.append(dy.cpu().double())
     expected = results(native_conv2d, *wide, asked, **geometry)
     bounds = results(native_conv2d, *(t if t is None else t.abs() for t in wide), asked, **geometry)
     actual = results(conv2d, x, w, b, dy.to(x.device), asked, **geometry)

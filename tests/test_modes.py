@@ -5,6 +5,7 @@ import itertools
 import shutil
 
 import pytest
+import reference
 import torch
 from reference import native_conv2d, operands, random
 from torch import nn
@@ -14,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import Conv2d, conv2d, ops
 from kernels.runtime import DTYPES
+
+pytestmark = pytest.mark.on_device
 
 BACKENDS = [
     "eager",
@@ -128,7 +131,7 @@ def test_autocast_casts_what_it_casts_for_pytorchs(x_dtype, w_dtype, target):
 
     def run(conv):
         tensors = [t.clone().requires_grad_() for t in (x, w, b)]
-        with torch.autocast("cpu", target):
+        with torch.autocast(reference.DEVICE.type, target):
             y = conv(*tensors, padding=1)
         y.sum().backward()
         return [y, *(t.grad for t in tensors)]
@@ -143,6 +146,7 @@ def test_autocast_casts_what_it_casts_for_pytorchs(x_dtype, w_dtype, target):
         torch.testing.assert_close(ours, native, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.cpu_only("the other device is the meta device, and autocast's the CPU")
 def test_autocast_of_another_device_or_switched_off_changes_nothing():
     x, w, b = (t.float() for t in operands())
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
@@ -171,6 +175,7 @@ def test_checkpointed_layers_give_the_same_gradients(model, use_reentrant, launc
     assert launches.count("forward") == 6
 
 
+@pytest.mark.cpu_only("PyTorch's reflection padding has no deterministic gradient on CUDA")
 def test_deterministic_mode_runs_and_changes_no_bit(model):
     x = torch.randn(2, 3, 9, 9)
     expected = training_step(model, model, x)
@@ -196,7 +201,7 @@ def test_lazily_conjugated_negated_and_zero_tensors():
     negative = torch.randn(2, 3, 6, 6, dtype=torch.cdouble).conj().imag
     assert negative.is_neg()
     torch.testing.assert_close(conv2d(negative, w), native_conv2d(negative, w))
-    assert not conv2d(torch._efficientzerotensor(2, 3, 6, 6, dtype=torch.float64), w).any()
+    assert not conv2d(torch._efficientzerotensor(2, 3, 6, 6, dtype=torch.float64, device=w.device), w).any()
 
 
 class Tagged(torch.Tensor):

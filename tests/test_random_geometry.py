@@ -9,6 +9,8 @@ from reference import assert_operands_match, native_conv2d, random, second_gradi
 from kernels import conv2d
 from kernels.runtime import DTYPES
 
+pytestmark = pytest.mark.on_device
+
 
 def expanded(t: torch.Tensor) -> torch.Tensor:
     """The first along its first axis, repeated without memory."""

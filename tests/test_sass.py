@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.measure.sass import OTHER, Code, Instruction, innermost, parse, read
+from bench.measure.sass import OTHER, Code, Instruction, Loop, innermost, parse, read
 from kernels import tiles
 from kernels.geometry import ConvGeometry
 from kernels.runtime import MULTIPROCESSORS, Target, compile_ahead
@@ -54,7 +54,7 @@ def test_the_main_loop_is_the_innermost_one():
     [
         ("HMMA.16816.F32", 2048), ("HMMA.1688.F32", 1024), ("HMMA.1684.F32.TF32", 512), ("DMMA.884", 256),
         ("HGMMA.64x128x16.F32.BF16", 64 * 128 * 16 // 4), ("FFMA", 32), ("FFMA2", 64), ("DFMA", 32), ("IMAD", 0),
-        ("UTCHMMA", 0),
+        ("UTCHMMA", 0), ("DMMA.8x8x4", 256), ("HFMA2.MMA", 0), ("HMMA.9999", 0),
     ],
 )  # fmt: skip
 def test_multiply_adds_of_a_warp(opcode, multiply_adds):
@@ -67,25 +67,99 @@ def test_multiply_adds_of_a_warp(opcode, multiply_adds):
         ("LDG.E.128.SYS", "global load", 16), ("LDG.E.U16", "global load", 2), ("LDG.E", "global load", 4),
         ("LDGSTS.E.BYPASS.LTC128B.128", "asynchronous copy", 16), ("STG.E.64", "global store", 8),
         ("LDL.LU", "spill", 4), ("LDS.128", "shared load", 16), ("UTMALDG.2D", "asynchronous copy", 4),
-        ("ISETP.GE.AND", "predicate", 4), ("IMAD.WIDE", OTHER, 4),
+        ("ISETP.GE.AND", "predicate", 4), ("IMAD.WIDE", OTHER, 4), ("HFMA2.MMA", OTHER, 4),
+        ("FFMA2", "multiply-add", 4),
     ],
 )  # fmt: skip
 def test_kinds_and_widths(opcode, kind, width):
     assert (instruction(opcode).kind, instruction(opcode).bytes_a_thread) == (kind, width)
 
 
+@pytest.mark.parametrize(
+    ("opcode", "read_bytes", "written"),
+    [
+        ("LDSM.16.M88.4", 512, 0), ("LDSM.16.MT88.2", 256, 0), ("LDSM.16.M88", 128, 0), ("LDS.128", 128, 0),
+        ("LDS.U16", 128, 0), ("STS.128", 0, 512), ("STS.U8", 0, 128), ("LDGSTS.E.BYPASS.LTC128B.128", 0, 512),
+        ("LDGSTS.E", 0, 128), ("STSM.16.M88.4", 0, 512), ("LDG.E.128", 0, 0), ("LDGDEPBAR", 0, 0), ("UTMALDG.2D", 0, 0),
+    ],
+)  # fmt: skip
+def test_bytes_of_shared_memory_that_a_warp_moves(opcode, read_bytes, written):
+    assert (instruction(opcode).shared_reads, instruction(opcode).shared_writes) == (read_bytes, written)
+
+
+def listing(*lines: str) -> tuple[Instruction, ...]:
+    """Instructions at 0x00, 0x10, and so on."""
+    return parse("\n".join(f"/*{16 * place:04x}*/ {line} ;" for place, line in enumerate(lines)))
+
+
+def addresses(loop: Loop) -> list[int]:
+    return [one.address for one in loop.instructions]
+
+
+def test_a_loop_that_only_waits_is_part_of_the_main_loop():
+    """As TMA's and sm_100's kernels wait for a barrier within each step; a loop without products is none."""
+    found = listing(
+        "MOV R1, R2", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4]", "@!P0 BRA 0x10", "HMMA.16816.F32 R8, R4, R6, R8",
+        "@P1 BRA 0x10", "IADD3 R1, R1, R2, RZ", "@P2 BRA 0x50", "EXIT",
+    )  # fmt: skip
+    (loop,) = innermost(found)
+    assert addresses(loop) == [0x10, 0x20, 0x30, 0x40]
+
+
+def test_the_way_back_from_code_moved_to_the_end_is_no_loop():
+    """The slow path of a wait jumps back into the loop's middle: it is not reached through there."""
+    found = listing(
+        "MOV R1, R2", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4]", "@!P0 BRA 0x80", "HMMA.16816.F32 R8, R4, R6, R8",
+        "@P1 BRA 0x10", "HMMA.16816.F32 R8, R4, R6, R8", "HMMA.16816.F32 R8, R4, R6, R8", "EXIT",
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4]", "@!P0 BRA 0x80", "BRA 0x30",
+    )  # fmt: skip
+    (loop,) = innermost(found)
+    assert addresses(loop) == [0x10, 0x20, 0x30, 0x40]
+
+
+def test_a_loop_of_a_called_function_is_one():
+    found = listing("CALL.REL.NOINC R2", "EXIT", "FFMA R1, R2, R3, R1", "@P0 BRA 0x20", "RET.REL.NODEC R20")
+    (loop,) = innermost(found)
+    assert addresses(loop) == [0x20, 0x30]
+
+
+def test_forward_branches_inside_a_loop_leave_it_whole_and_shorten_its_least_pass():
+    """What a branch may jump over is counted as overhead and not in the least; products are never jumped over."""
+    found = listing(
+        "MOV R1, R2", "@P0 BRA 0x50", *3 * ["IADD3 R1, R1, R2, RZ"], "HMMA.16816.F32 R8, R4, R6, R8",
+        "@P2 BRA 0x90", "HMMA.16816.F32 R8, R4, R6, R8", "MOV R3, R4", "@P1 BRA 0x10", "EXIT",
+    )  # fmt: skip
+    (loop,) = innermost(found)
+    assert (len(loop.instructions), loop.others, loop.fewest) == (9, 7, 6)
+
+
+def test_the_main_loop_is_the_one_that_multiplies_most():
+    found = listing(
+        "FFMA R1, R2, R3, R1", "@P0 BRA 0x0", "FFMA R1, R2, R3, R1", "FFMA R1, R2, R3, R1", "@P0 BRA 0x20", "EXIT",
+    )  # fmt: skip
+    code = Code(found, registers=32, stack_bytes=0, shared_bytes=0)
+    assert addresses(code.main_loop) == [0x20, 0x30, 0x40]
+
+
+def test_unconditional_jumps_and_exits_are_not_fallen_through():
+    assert [one.always_leaves for one in listing("BRA 0x0", "@P0 BRA 0x0", "BRA.U UP0, 0x0", "EXIT", "@P0 EXIT")] == [
+        True, False, False, True, False,
+    ]  # fmt: skip
+
+
 SHAPES = ((256, 64, 32, 32), (64, 64, 3, 3))
 
 
 @pytest.mark.parametrize(("arch", "cores"), [("sm_75", False), ("sm_80", True), ("sm_90", True)])
-def test_a_pass_of_the_main_loop_multiplies_one_tile(arch, cores):
-    """The counted multiply-adds are those of the tile, which nothing in the machine code says."""
+def test_a_pass_of_the_main_loop_multiplies_whole_tiles(arch, cores):
+    """The multiply-adds counted are those of the tile, which no machine code says; a pass may be several steps."""
     (kernel, *_) = compile_ahead("forward", *SHAPES, padding=1, dtype=torch.float16, arch=arch)
     geometry = ConvGeometry.of(*SHAPES, (1, 1), (1, 1), (1, 1), 1)
     tile = tiles.choose("forward", Target(arch, MULTIPROCESSORS[arch]), geometry, torch.float16, "ieee")
     code = read(kernel.asm["cubin"])
     loop = code.main_loop
-    assert loop.multiply_adds == tile.M * tile.N * tile.K // tile.num_warps
+    steps, rest = divmod(loop.multiply_adds, tile.M * tile.N * tile.K // tile.num_warps)
+    assert (steps in (1, 2, 4), rest) == (True, 0)
     assert loop.has_tensor_cores == loop.has_asynchronous_copies == cores
     assert set(loop.global_loads) == {16}
     assert code.spills == code.stack_bytes == 0

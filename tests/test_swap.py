@@ -13,6 +13,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from kernels import Conv2d, LazyConv2d, conv2d, swap_conv2d
 
+pytestmark = pytest.mark.on_device
+
 
 def test_constructors_take_device_and_dtype():
     for cls in (Conv2d, LazyConv2d):

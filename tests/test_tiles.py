@@ -108,7 +108,7 @@ def test_split_weight_gradients_are_split_here_and_add_up(gpu_tiles, monkeypatch
 
 def test_a_split_count_is_a_function_of_shape_and_device():
     a100 = Target("sm_80", 108)
-    assert tiles.splits(a100, programs=9, steps=4096) == 24  # 2 waves of 108 over 9 programs
+    assert tiles.splits(a100, programs=9, steps=4096) == 48  # 4 programs for each of 108 multiprocessors
     assert tiles.splits(a100, programs=9, steps=8) == 2  # at least four steps each
     assert tiles.splits(a100, programs=500, steps=4096) == 1  # the chip is full
     assert tiles.splits(INTERPRETED, programs=1, steps=4096) == 1
@@ -118,7 +118,7 @@ def test_gpu_blocks_divide_channels_where_they_can():
     for channels, block in ((64, 64), (96, 32), (48, 16), (20, 32), (3, 16), (512, 64)):
         g = ConvGeometry.of((8, channels, 9, 9), (64, channels, 3, 3))
         tile = tiles.choose("forward", Target("sm_80", 108), g, torch.float16, "ieee")
-        assert (16 if tile.flat else block) == tile.K, channels
+        assert (16 if tile.flat else block) == tile.K * tile.parts, channels
 
 
 @pytest.mark.parametrize("size", [1, 8, 64, 300])

@@ -12,6 +12,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 
 from kernels import Conv2d, conv2d
 
+pytestmark = pytest.mark.on_device
+
 GEOMETRIES = [
     pytest.param({"padding": 1}, id="dense"),
     pytest.param({"stride": (2, 1), "padding": 1, "groups": 2}, id="groups-and-stride"),

@@ -1,6 +1,7 @@
 """The write-up's convolution, by the write-up's own cases and against float64 native convolution."""
 
 import pytest
+import reference
 import torch
 from reference import WRITE_UP_CASES, assert_matches, native_conv2d, random, results
 from torch import nn
@@ -9,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from kernels.unfold import UnfoldConv2d, unfold_conv2d
+
+pytestmark = pytest.mark.on_device
 
 # (x shape, w shape, stride, padding, dilation)
 CASES = [
@@ -152,7 +155,7 @@ def test_autocast_casts_as_for_nn_conv2d(geometry):
     def run(layer, **options):
         inputs = x.clone().requires_grad_()
         layer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, **options):
+        with torch.autocast(reference.DEVICE.type, torch.bfloat16, **options):
             y = layer(inputs)
         y.sum().backward()
         return [y.detach(), inputs.grad, *(parameter.grad for parameter in layer.parameters())]
@@ -169,7 +172,7 @@ def test_a_model_trains_under_autocast():
     model = models.build("resnet18", "unfold", 10, 32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(reference.DEVICE.type, torch.bfloat16):
         loss = nn.functional.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1]))
     loss.backward()
     optimizer.step()

@@ -1,0 +1,1 @@
+"""gpu-check: what holds of the kernels on the GPU at hand, in one report. See command.py."""
