@@ -11,7 +11,7 @@ y in any strides. Row offsets are int64.
 import torch
 import triton.language as tl
 
-from kernels import depthwise, runtime, tiles, tuning
+from kernels import depthwise, few_channels, runtime, tiles, tuning
 from kernels.geometry import ConvGeometry
 
 
@@ -23,15 +23,15 @@ def forward_kernel(
     stride_wk: tl.constexpr, stride_wt: tl.constexpr, stride_wc: tl.constexpr,
     CI: tl.constexpr, CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, PITCH: tl.constexpr, USED: tl.constexpr,
     FLAT: tl.constexpr, INDEX: tl.constexpr, SPAN: tl.constexpr, WEIGHT_INDEX: tl.constexpr, BITS: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    # CI, CO: channels of one group. ROWS = N*P*Q output pixels. STEPS of the main loop, known at the launch alone: a
-    # short loop of known length is unrolled, and then holds all its loads in registers at once.
+    # CI, CO: channels of one group. PITCH: elements from a pixel of x to the next. USED: channels that count, all but
+    # for few_channels.py. ROWS = N*P*Q output pixels. STEPS of the main loop, known at the launch alone: a short loop
+    # of known length is unrolled, and then holds all its loads in registers at once.
     TERMS: tl.constexpr = R * S * CI
-    PITCH: tl.constexpr = GROUPS * CI
     K_BLOCKS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
     TILES_N: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
 
@@ -102,7 +102,7 @@ def forward_kernel(
         # One flattened loop over (tap, channel block), so that loads of the next tap are in flight during this one. All
         # that changes with a step is a scalar and advances by addition, chosen by `where`: a branch ends pipelining.
         ROW_STARTS: tl.constexpr = (2 ** (R * S) - 1) // (2**S - 1) - 1  # bit r*S for each r > 0
-        next_row = (W * DH - (S - 1) * DW).to(SPAN) * (PITCH // UNIT)
+        next_row = (W * DH - (S - 1) * DW).to(SPAN) * PITCH // UNIT
         REST: tl.constexpr = (K_BLOCKS - PARTS) * BLOCK_K // UNIT  # of a tap's channels, after its first step
         UNIT_W: tl.constexpr = UNIT if stride_wc == 1 else stride_wt
         PART_W: tl.constexpr = BLOCK_K * stride_wc // UNIT_W
@@ -119,7 +119,8 @@ def forward_kernel(
                 p_tap = p_x + tl.where(inside, o_x, back).to(tl.int64) * UNIT  # [BM, BK]
                 # Parts of one tap's channels share its addresses and its mask.
                 for part in tl.static_range(PARTS):
-                    b_x = tl.load(p_tap + part * BLOCK_K, inside, other=0.0)
+                    mask = inside if USED == CI else inside & (c + part * BLOCK_K + o_k < USED)[None, :]
+                    b_x = tl.load(p_tap + part * BLOCK_K, mask, other=0.0)
                     b_w = tl.load(p_w + (o_w + part * PART_W) * UNIT_W)
                     acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
             else:
@@ -172,7 +173,34 @@ def forward(
     if g.depthwise:
         depthwise.forward(x, w, bias, g, target, y)
         return y
-    rows = g.N * g.P * g.Q
+    if tiles.takes_windows(target, g):
+        windows = few_channels.windows(x, g, target)
+        w = few_channels.filter_rows(w, g, windows)
+        product(windows.z, w, bias, y, windows.geometry, target, precision, windows)
+    else:
+        product(x, w, bias, y, g, target, precision)
+    return y
+
+
+def product(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    geometry: ConvGeometry,
+    target: runtime.Target,
+    precision: str,
+    windows: few_channels.Windows | None = None,
+) -> None:
+    """x (N, Ci, H, W), or `windows`, and w (Co, Ci/groups, R, S), channels-last, bias (Co,), dense, -> into y.
+
+    y (N, Co, P, Q) may have more rows and columns than the geometry gives: they are what the taps that still fall on
+    the image give.
+    """
+    g = geometry
+    P, Q = y.shape[2:]
+    rows = g.N * P * Q
+    row, pixel, used = (windows.row, windows.pixel, windows.used) if windows else (g.W, g.Ci, g.Ci_group)
 
     def run(tile: tiles.Tile) -> None:
         transposed = not tile.flat and tiles.transposes_weights("forward", target, x.dtype, precision)
@@ -182,13 +210,13 @@ def forward(
             target,
             (-(-rows // tile.M) * -(-g.Co_group // tile.N) * g.groups, 1),
             x, matrix, bias, y,
-            rows, g.R * g.S * -(-g.Ci_group // (tile.K * tile.parts)), g.H, g.W, g.P, g.Q, *y.stride(),
+            rows, g.R * g.S * -(-g.Ci_group // (tile.K * tile.parts)), g.H, row, P, Q, *y.stride(),
             stride_wk=stride_wk, stride_wt=stride_wt, stride_wc=stride_wc,
             CI=g.Ci_group, CO=g.Co_group, **g.constants,
-            GROUPS=g.groups,
+            GROUPS=g.groups, PITCH=pixel, USED=used,
             FLAT=tile.flat,
-            INDEX=runtime.index_type(g.halo_pixels, rows + tile.M),
-            SPAN=runtime.index_type(g.filter_span * g.Ci),
+            INDEX=runtime.index_type(g.halo_pixels, g.N * g.H * row, rows + tile.M),
+            SPAN=runtime.index_type(g.filter_span * row // g.W * pixel),
             WEIGHT_INDEX=runtime.index_type(g.Co_group * g.R * g.S * g.Ci_group),
             BITS=runtime.index_type(2 ** (g.R * g.S)),
             ACC=runtime.accumulator(x.dtype),
@@ -198,7 +226,6 @@ def forward(
         )  # fmt: skip
 
     run(tuning.tile("forward", target, g, x, precision, run))
-    return y
 
 
 @runtime.operation("forward")

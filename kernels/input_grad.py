@@ -15,7 +15,8 @@ from math import gcd
 import torch
 import triton.language as tl
 
-from kernels import depthwise, runtime, tiles, tuning
+from kernels import depthwise, few_channels, runtime, tiles, tuning
+from kernels.forward import product
 from kernels.geometry import ConvGeometry
 
 
@@ -190,6 +191,15 @@ def input_grad(
     w = runtime.channels_last(w, "weight as channels-last")
     if g.depthwise:
         depthwise.input_grad(dy, w, g, target, dx)
+        return dx
+    if tiles.packs_classes(target, g):
+        classes = few_channels.classes(w, g, target)
+        shape = (g.N, classes.geometry.Co, -(-g.H // g.SH), -(-g.W // g.SW))
+        packed = runtime.empty(
+            shape, "residue classes", dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
+        )
+        product(dy, classes.filters, None, packed, classes.geometry, target, precision)
+        few_channels.unpack(packed, g, dx)
         return dx
     common_h, common_w = gcd(g.SH, g.DH), gcd(g.SW, g.DW)
     step_r, step_s = g.SH // common_h, g.SW // common_w

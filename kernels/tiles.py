@@ -176,8 +176,34 @@ def _powers_down_from(power: int) -> list[int]:
 
 
 def few_channels(geometry: ConvGeometry) -> bool:
-    """Whether one tap has too few channels to fill a block, so that a block should span several taps."""
-    return geometry.Ci_group < SMALLEST and geometry.R * geometry.S > 1
+    """Whether one tap has too few channels to fill a block, so that a block should span several of a filter row."""
+    return geometry.Ci_group < SMALLEST and geometry.S > 1
+
+
+def takes_windows(target: Target, geometry: ConvGeometry) -> bool:
+    """Whether a block spans taps by reading windows of a copy of x (few_channels.py), instead of tap by tap.
+
+    The interpreter gains nothing from wide loads; the taps of a dilated filter row do not lie side by side.
+    """
+    g = geometry
+    return target.name != INTERPRETER and few_channels(g) and g.groups == 1 and g.DW == 1 and g.S <= SMALLEST
+
+
+def packs_classes(target: Target, geometry: ConvGeometry) -> bool:
+    """Whether the input gradient of few channels computes all residue classes at once (few_channels.py).
+
+    One class has too few columns for a block, all together have at most a block of them. Their taps are counted from
+    one pixel, which padding beyond the filter would put outside.
+    """
+    g = geometry
+    columns = g.SH * g.SW * g.Ci
+    dense = g.groups == g.DH == g.DW == 1 and g.PH < g.R and g.PW < g.S
+    return target.name != INTERPRETER and few_channels(g) and dense and g.Ci < columns <= 64
+
+
+def padded_channels(geometry: ConvGeometry) -> int:
+    """Channels of a window's pixel: a power of two, so that one load takes a pixel; 4 are 8 bytes of fp16."""
+    return max(4, power_of_two(geometry.Ci))
 
 
 def choose(op: str, target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> Tile:

@@ -9,7 +9,7 @@ Memory: dy [N, P, Q, Co] and x [N, H, W, Ci], dense; dw in any strides. Row offs
 import torch
 import triton.language as tl
 
-from kernels import depthwise, runtime, split_k, tiles, tuning
+from kernels import depthwise, few_channels, runtime, split_k, tiles, tuning
 from kernels.geometry import ConvGeometry
 
 
@@ -20,14 +20,13 @@ def weight_grad_kernel(
     stride_wz, stride_wk, stride_wc, stride_wr, stride_ws,
     CI: tl.constexpr, CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    GROUPS: tl.constexpr, TILES_N: tl.constexpr,
+    GROUPS: tl.constexpr, PITCH: tl.constexpr, TILES_N: tl.constexpr,
     FLAT: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, PATCHES_W: tl.constexpr, RAGGED: tl.constexpr,
     INDEX: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # CI, CO: channels of one group. Each split takes STEPS blocks of BLOCK_K of the TERMS output pixels; or, unless
-    # FLAT, STEPS of the TERMS patches that all output images are cut into.
-    PITCH_X: tl.constexpr = GROUPS * CI
+    # CI, CO: channels of one group. PITCH: elements from a pixel of x to the next. Each split takes STEPS blocks of
+    # BLOCK_K of the TERMS output pixels; or, unless FLAT, STEPS of the TERMS patches that all images are cut into.
     PITCH_DY: tl.constexpr = GROUPS * CO
     N_BLOCKS: tl.constexpr = (CI + BLOCK_N - 1) // BLOCK_N
     TILES_M: tl.constexpr = (CO + BLOCK_M - 1) // BLOCK_M
@@ -61,7 +60,7 @@ def weight_grad_kernel(
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
     if FLAT:
         o_k = (split * STEPS).to(INDEX) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BK] output pixels
-        o_tap = (r * DH * W + s * DW).to(tl.int64) * PITCH_X  # [BN]
+        o_tap = (r * DH * W + s * DW).to(tl.int64) * PITCH  # [BN]
         for _ in range(STEPS):
             q = o_k % Q
             p = o_k // Q % P
@@ -77,7 +76,7 @@ def weight_grad_kernel(
             inside = (r[None, :] >= r_first[:, None]) & (r[None, :] < r_end[:, None])  # [BK, BN]
             inside &= (s[None, :] >= s_first[:, None]) & (s[None, :] < s_end[:, None])
             # Halo addresses are kept inside the tensor: asynchronous copies read them although they are masked.
-            first = ((n * H + h) * W + w).to(tl.int64) * PITCH_X
+            first = ((n * H + h) * W + w).to(tl.int64) * PITCH
             b_x = tl.load(p_x + tl.where(inside, first[:, None] + o_tap[None, :], 0), inside, other=0.0)
             pixel = tl.where(in_images, o_k, 0).to(tl.int64)
             b_dy = tl.load(p_dy + pixel[None, :] * PITCH_DY, in_images[None, :], other=0.0)  # [BM, BK]
@@ -139,8 +138,8 @@ def weight_grad_kernel(
             if IMAGES > 1:
                 inside &= (n < N - image)[:, None]
             # Lanes outside go back to the first pixel of all: asynchronous copies read masked addresses too.
-            p_patch = p_x + o_x.to(tl.int64) * PITCH_X
-            b_x = tl.load(p_patch + tl.where(inside, lane_x[:, None], -o_x).to(tl.int64) * PITCH_X, inside, other=0.0)
+            p_patch = p_x + o_x.to(tl.int64) * PITCH
+            b_x = tl.load(p_patch + tl.where(inside, lane_x[:, None], -o_x).to(tl.int64) * PITCH, inside, other=0.0)
             if not RAGGED:
                 in_dy = tl.full((1, BLOCK_K), True, tl.int1)
             elif BITS is not None:
@@ -188,14 +187,37 @@ def weight_grad(
     g = geometry
     target = runtime.target_for(dy.device)
     dw = runtime.empty(g.w_shape, "weight gradient", dtype=dy.dtype, device=dy.device, memory_format=memory_format)
-    rows = g.N * g.P * g.Q
-    if rows == 0:
+    if dy.numel() == 0:
         return dw.zero_()
     dy = runtime.channels_last(dy, "output gradient as channels-last")
     x = runtime.channels_last(x, "input as channels-last")
     if g.depthwise:
         depthwise.weight_grad(dy, x, g, target, dw)
         return dw
+    if tiles.takes_windows(target, g):
+        windows = few_channels.windows(x, g, target)
+        rows = few_channels.empty_filter_rows(dw, windows)
+        _launch(dy, windows.z, windows.geometry, target, precision, rows, row=windows.row, pixel=windows.pixel)
+        few_channels.of_filter_rows(rows, g, windows, dw)
+    else:
+        _launch(dy, x, g, target, precision, dw, row=g.W, pixel=g.Ci)
+    return dw
+
+
+def _launch(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    geometry: ConvGeometry,
+    target: runtime.Target,
+    precision: str,
+    dw: torch.Tensor,
+    *,
+    row: int,
+    pixel: int,
+) -> None:
+    """Into dw; x has `row` pixels from an image row to the next, and `pixel` elements from a pixel to the next."""
+    g = geometry
+    rows = g.N * g.P * g.Q
 
     def run(tile: tiles.Tile) -> None:
         tiles_n = -(-g.R * g.S * g.Ci_group // tile.N) if tile.flat else g.R * g.S * -(-g.Ci_group // tile.N)
@@ -217,11 +239,11 @@ def weight_grad(
             target,
             (programs * g.groups, splits),
             dy, x, partial,
-            g.N, terms, -(-steps // splits), g.H, g.W, g.P, g.Q, *strides,
+            g.N, terms, -(-steps // splits), g.H, row, g.P, g.Q, *strides,
             CI=g.Ci_group, CO=g.Co_group, **g.constants,
-            GROUPS=g.groups, TILES_N=tiles_n,
+            GROUPS=g.groups, PITCH=pixel, TILES_N=tiles_n,
             FLAT=tile.flat, PATCH_H=patch_h, PATCH_W=patch_w, PATCHES_W=patches_w, RAGGED=ragged, BITS=bits,
-            INDEX=runtime.index_type(g.halo_pixels, rows + splits * tile.K),
+            INDEX=runtime.index_type(g.halo_pixels, g.N * g.H * row, rows + splits * tile.K),
             ACC=runtime.accumulator(dy.dtype),
             PRECISION=precision,
             BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,
@@ -230,7 +252,6 @@ def weight_grad(
         split_k.add_up(partial, dw, g, target)
 
     run(tuning.tile("weight_grad", target, g, dy, precision, run))
-    return dw
 
 
 @runtime.operation("weight_grad")

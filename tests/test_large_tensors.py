@@ -166,7 +166,7 @@ def test_the_last_split_of_a_large_weight_gradient_is_right(x_shape, groups, fla
     end(dy, BLOCK).copy_(half(*end(dy, BLOCK).shape, seed=3))
     if not flat:
         monkeypatch.setattr(tiles, "candidates", lambda *_: (tiles.Tile(M=32, N=32, K=BLOCK),))
-    monkeypatch.setattr(tiles, "splits", lambda target, *, programs, steps, passing: steps)
+    monkeypatch.setattr(tiles, "splits", lambda target, *, programs, steps, **_: steps)
     taken = []
     with runtime.on_allocate(lambda nbytes, what, tensor: taken.append(tensor) if "split-K" in what else None):
         weight_grad(dy, x, geometry)

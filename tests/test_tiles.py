@@ -40,7 +40,7 @@ def gpu_tiles(monkeypatch):
         gpu = Target(arch, 8)
         candidates = tiles.candidates
         monkeypatch.setattr(tiles, "candidates", lambda op, _, *a: candidates(op, gpu, *a))
-        for name in ("depthwise_tile", "splits"):
+        for name in ("depthwise_tile", "splits", "takes_windows", "packs_classes"):
             pick = getattr(tiles, name)
             monkeypatch.setattr(tiles, name, lambda _, *a, _pick=pick, **k: _pick(gpu, *a, **k))
 
