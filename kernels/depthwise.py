@@ -8,7 +8,8 @@ There is no channel to reduce over, so a matrix product would be nearly all padd
 (pixels, channels) and multiplies element by element, channels side by side in memory. Accumulators are fp32 (fp64 for
 fp64), and no product is rounded to TF32.
 
-Memory: x [N, H, W, Ci], dy [N, P, Q, Co] and w [Co, R, S], dense; results in any strides. Row offsets are int64.
+Memory: x [N, H, W, Ci], dy [N, P, Q, Co] and w [R, S, Co], dense, so that a tap's weights are loaded 16 bytes at once;
+results in any strides. Row offsets are int64.
 """
 
 from math import gcd
@@ -48,7 +49,7 @@ def depthwise_forward_kernel(
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     channel = o_n if CO % BLOCK_N == 0 else tl.minimum(o_n, CO - 1)
     p_x = x_ptr + (channel // MULTIPLIER)[None, :]  # [1, BN]
-    p_w = w_ptr + channel.to(tl.int64) * (R * S)  # [BN]
+    p_w = w_ptr + channel  # [BN]
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
     for tap in range(R * S):
@@ -58,7 +59,8 @@ def depthwise_forward_kernel(
         # Halo addresses are kept inside the tensor, as everywhere: should the loop be pipelined, they are read.
         pixel = tl.where(inside, first_pixel + (tap // S * DH * W + tap % S * DW), 0)
         b_x = tl.load(p_x + pixel.to(tl.int64)[:, None] * CI, inside[:, None], other=0.0)
-        acc += b_x.to(ACC) * tl.load(p_w + tap).to(ACC)[None, :]
+        acc += b_x.to(ACC) * tl.load(p_w).to(ACC)[None, :]
+        p_w += CO
 
     if b_ptr is not None:
         acc += tl.load(b_ptr + channel).to(ACC)[None, :]
@@ -108,7 +110,7 @@ def depthwise_input_grad_kernel(
     channel = o_n if CI % BLOCK_N == 0 else tl.minimum(o_n, CI - 1)
     channel = channel.to(tl.int64) * MULTIPLIER  # its first output channel
     p_dy = dy_ptr + channel[None, :]  # [1, BN]
-    p_w = w_ptr + (channel * (R * S))[None, :]  # [1, BN]
+    p_w = w_ptr + channel[None, :]  # [1, BN]
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
     for step in range(TAPS_R * TAPS_S * MULTIPLIER):
@@ -124,10 +126,10 @@ def depthwise_input_grad_kernel(
         pixel = tl.where(inside, first_pixel - (t * (DH // COMMON_H) * Q + u * (DW // COMMON_W)), 0)
         b_dy = tl.load(p_dy + (pixel.to(tl.int64)[:, None] * CO + k), inside[:, None], other=0.0)
         if STEP_R == 1 and STEP_S == 1:
-            b_w = tl.load(p_w + (k * (R * S) + t * S + u))  # [1, BN]: one tap for all pixels
+            b_w = tl.load(p_w + (tl.full((), CO, tl.int64) * (t * S + u) + k))  # [1, BN]: one tap for all pixels
         else:
             tap = tl.where(inside, r * S + s, 0)
-            b_w = tl.load(p_w + (k * (R * S) + tap)[:, None])  # [BM, BN]
+            b_w = tl.load(p_w + (tap.to(tl.int64) * CO + k)[:, None])  # [BM, BN]
         acc += b_dy.to(ACC) * b_w.to(ACC)
 
     o_dx = n.to(tl.int64) * stride_xn + h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
@@ -181,6 +183,11 @@ def depthwise_weight_grad_kernel(
     tl.store(dw_ptr + o_dw, total.to(dw_ptr.dtype.element_ty), o_n < CO)
 
 
+def _by_tap(w: torch.Tensor) -> torch.Tensor:
+    """w (Co, 1, R, S) -> [R, S, Co], a copy where there is more than one tap."""
+    return runtime.dense(w[:, 0].permute(1, 2, 0), "filter by tap")
+
+
 def forward(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -197,7 +204,7 @@ def forward(
         depthwise_forward_kernel,
         target,
         (-(-rows // tile.M) * -(-g.Co // tile.N), 1),
-        x, w, bias, y,
+        x, _by_tap(w), bias, y,
         rows, g.H, g.W, g.P, g.Q, *y.stride(),
         CI=g.Ci, MULTIPLIER=g.Co // g.Ci, **g.constants,
         INDEX=runtime.index_type(g.halo_pixels, rows + tile.M),
@@ -218,7 +225,7 @@ def input_grad(
         depthwise_input_grad_kernel,
         target,
         (-(-rows // tile.M) * -(-g.Ci // tile.N), 1),
-        dy, w, dx,
+        dy, _by_tap(w), dx,
         rows, g.H, g.W, g.P, g.Q, *dx.stride(),
         CI=g.Ci, MULTIPLIER=g.Co // g.Ci, **g.constants,
         COMMON_H=common_h, COMMON_W=common_w,

@@ -132,13 +132,18 @@ def forward_kernel(
                 p_lane = p_w + lane.to(WEIGHT_INDEX)[:, None] * stride_wc  # [BK, BN]
                 b_w = tl.load(p_lane + o_w * UNIT_W, in_group[:, None], other=0.0)
                 acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
-            c += PARTS * BLOCK_K
-            last = c == K_BLOCKS * BLOCK_K  # of this tap's channels
-            bit = tl.where(last, bit << 1, bit)
-            next_tap = tl.where((bit & ROW_STARTS) != 0, next_row, DW * PITCH // UNIT)
-            o_x += tl.where(last, next_tap - REST, PARTS * BLOCK_K // UNIT)
-            o_w += tl.where(last, stride_wt // UNIT_W - (K_BLOCKS - PARTS) * PART_W, PARTS * PART_W)
-            c = tl.where(last, 0, c)
+            if K_BLOCKS == PARTS:
+                bit <<= 1
+                o_x += tl.where((bit & ROW_STARTS) != 0, next_row, DW * PITCH // UNIT)
+                o_w += stride_wt // UNIT_W
+            else:
+                c += PARTS * BLOCK_K
+                last = c == K_BLOCKS * BLOCK_K  # of this tap's channels
+                bit = tl.where(last, bit << 1, bit)
+                next_tap = tl.where((bit & ROW_STARTS) != 0, next_row, DW * PITCH // UNIT)
+                o_x += tl.where(last, next_tap - REST, PARTS * BLOCK_K // UNIT)
+                o_w += tl.where(last, stride_wt // UNIT_W - (K_BLOCKS - PARTS) * PART_W, PARTS * PART_W)
+                c = tl.where(last, 0, c)
 
     if b_ptr is not None:
         acc += tl.load(b_ptr + group * CO + channel).to(ACC)[None, :]

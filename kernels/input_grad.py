@@ -146,9 +146,14 @@ def input_grad_kernel(
             p_lane = p_w + lane.to(WEIGHT_INDEX)[:, None] * stride_wk  # [BK, BN]
             b_w = tl.load(p_lane + o_w * UNIT_W, in_group[:, None], other=0.0)
             acc = tl.dot(b_dy, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
-        c += PARTS * BLOCK_K
-        last = c == K_BLOCKS * BLOCK_K  # of this tap's channels
-        u += tl.where(last, 1, 0)
+        if K_BLOCKS == PARTS:
+            last = True  # of this tap's channels
+            u += 1
+        else:
+            c += PARTS * BLOCK_K
+            last = c == K_BLOCKS * BLOCK_K
+            c = tl.where(last, 0, c)
+            u += tl.where(last, 1, 0)
         last_in_row = u == taps_s
         to_tap = tl.where(last_in_row, next_row, next_tap) - REST // UNIT
         o_dy += tl.where(last, to_tap, PARTS * BLOCK_K // UNIT)
@@ -159,7 +164,6 @@ def input_grad_kernel(
         else:
             t += tl.where(last_in_row, 1, 0)
         u = tl.where(last_in_row, 0, u)
-        c = tl.where(last, 0, c)
 
     h = a + i * SH
     w = b + j * SW

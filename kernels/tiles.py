@@ -7,6 +7,7 @@ whatever the block, so that few large blocks win.
 
 from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 
 import torch
 
@@ -50,25 +51,32 @@ MOST_BITS = 62
 PIXEL_TILES = {
     # No tensor cores under Triton before sm_80: everything is FFMA, 64 sums to a thread and more. Half precision is
     # widened in registers, and spills with more sums or at twice the depth.
-    (75, 2): (Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),),
+    (75, 2): (
+        Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
+        Tile(M=64, N=32, K=16, num_warps=2, num_stages=1),  # four warps would load 8 bytes a thread
+    ),
+    # Two warps on the smallest, for 64 sums to a thread: with 32, a quarter of the loop is loads.
     (75, 4): (
         Tile(M=64, N=128, K=16, num_warps=4, num_stages=1),
         Tile(M=128, N=64, K=16, num_warps=4, num_stages=1),
-        Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
+        Tile(M=64, N=64, K=32, num_warps=2, num_stages=1),
     ),
     (75, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),),
-    # 64 channels of fp16 are one 128-byte line a row. Two parts: Triton prefetches from shared memory into registers
-    # on these generations, and copies every one of them once more, unless a step holds two products.
+    # 64 channels of fp16 are one 128-byte line a row. Parts: Triton prefetches from shared memory into registers on
+    # these generations, and copies every one of them once more, unless a step holds several products. It then gives
+    # each warp whole rows of the block, so that more warps would read the columns more often: 32 rows to a warp.
+    # Thinner parts, of one matrix instruction's depth, hold fewer registers.
     (80, 2): (
-        Tile(M=128, N=128, K=32, parts=2, num_warps=8, num_stages=3),
-        Tile(M=128, N=64, K=32, parts=2, num_warps=4, num_stages=3),
-        Tile(M=64, N=64, K=32, parts=2, num_warps=4, num_stages=3),
+        Tile(M=128, N=128, K=16, parts=2, num_warps=4, num_stages=4),
+        Tile(M=128, N=64, K=16, parts=4, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=16, parts=4, num_warps=2, num_stages=3),
+        Tile(M=128, N=32, K=16, parts=4, num_warps=2, num_stages=3),  # four warps would load 8 bytes a thread
     ),
     # As many bytes as the fp16 tiles, for TF32.
     (80, 4): (
         Tile(M=128, N=128, K=32, num_warps=8, num_stages=3),
         Tile(M=128, N=64, K=16, parts=2, num_warps=4, num_stages=3),
-        Tile(M=64, N=64, K=16, parts=2, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=16, parts=2, num_warps=2, num_stages=3),
     ),
     (80, 8): (Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),),
     (90, 2): (
@@ -109,10 +117,15 @@ FLAT_TILES = {
 
 # Of the weight gradient, whose reduction runs over pixels.
 WEIGHT_TILES = {
-    (75, 2): (Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),),
+    (75, 2): (
+        Tile(M=64, N=64, K=16, num_warps=4, num_stages=1),
+        Tile(M=64, N=32, K=16, num_warps=2, num_stages=1),
+        Tile(M=32, N=64, K=16, num_warps=2, num_stages=1),
+        Tile(M=32, N=32, K=16, num_warps=1, num_stages=1),
+    ),
     (75, 4): (
         Tile(M=128, N=64, K=16, num_warps=4, num_stages=1),
-        Tile(M=64, N=64, K=32, num_warps=4, num_stages=1),
+        Tile(M=64, N=64, K=32, num_warps=2, num_stages=1),
     ),
     (75, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),),
     (80, 2): (
@@ -121,7 +134,7 @@ WEIGHT_TILES = {
     ),
     (80, 4): (
         Tile(M=128, N=128, K=32, num_warps=8, num_stages=3),
-        Tile(M=64, N=64, K=32, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=32, num_warps=2, num_stages=3),  # 64 x 32 sums to a warp: fewer shared loads
     ),
     (80, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=2),),
     (90, 2): (
@@ -152,7 +165,8 @@ AMD_TILES = {
 IEEE_FP32_TILES = (
     Tile(M=128, N=64, K=16, num_warps=4, num_stages=2),
     Tile(M=64, N=128, K=16, num_warps=4, num_stages=3),
-    Tile(M=64, N=64, K=16, num_warps=4, num_stages=3),
+    Tile(M=64, N=64, K=16, num_warps=2, num_stages=3),
+    Tile(M=64, N=32, K=32, num_warps=2, num_stages=2),
 )
 
 # What ranks tiles for a grid, in units of one multiply-add of a block. They only rank.
@@ -226,14 +240,15 @@ def _forward_tiles(target: Target, geometry: ConvGeometry, dtype: torch.dtype, p
     flat = few_channels(g) or g.R * g.S > MOST_BITS
     terms = g.R * g.S * g.Ci_group if flat else g.Ci_group
     table = FLAT_TILES if flat else PIXEL_TILES
-    found = _pixel_tiles(table, target, dtype, precision, g.N * g.P * g.Q, g.Co_group, terms)
+    found = _pixel_tiles(table, target, dtype, precision, g.N * g.P * g.Q, g.Co_group, terms, g.groups)
     return [replace(tile, flat=flat) for tile in found]
 
 
 def _input_grad_tiles(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> list[Tile]:
     """Rows are input pixels of one residue class, columns input channels of a group."""
     g = geometry
-    return _pixel_tiles(PIXEL_TILES, target, dtype, precision, g.residue_class_pixels, g.Ci_group, g.Co_group)
+    rows, copies = g.residue_class_pixels, prod(g.residue_classes) * g.groups
+    return _pixel_tiles(PIXEL_TILES, target, dtype, precision, rows, g.Ci_group, g.Co_group, copies)
 
 
 def _weight_grad_tiles(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> list[Tile]:
@@ -296,9 +311,10 @@ def depthwise_tile(target: Target, rows: int, channels: int, dtype: torch.dtype)
     if target.name == INTERPRETER:
         N = min(power_of_two(channels), 256)
         return Tile(M=min(power_of_two(rows), INTERPRETER_ROWS, LARGEST_BLOCK // N), N=N, K=1)
-    # A line of 128 bytes of channels, and eight sums to a thread: at sixteen it held 150 registers, too many for the
-    # several blocks on a multiprocessor that hide each other's loads.
-    N = min(power_of_two(channels), 128 // dtype.itemsize)
+    # A line of 128 bytes of channels, or what divides them and still is loaded 16 bytes at once; and eight sums to a
+    # thread: at sixteen it held 150 registers, too many for the several blocks that hide each other's loads.
+    divisor = channels & -channels
+    N = min(power_of_two(channels) if divisor * dtype.itemsize < 16 else divisor, 128 // dtype.itemsize)
     num_warps = 4 if dtype == torch.float64 else 8
     return Tile(M=8 * 32 * num_warps // N, N=N, K=1, num_warps=num_warps, num_stages=1)
 
@@ -337,8 +353,9 @@ def _busiest(target: Target, programs: int) -> int:
 
 
 def _pixel_tiles(
-    table: dict, target: Target, dtype: torch.dtype, precision: str, rows: int, columns: int, terms: int
+    table: dict, target: Target, dtype: torch.dtype, precision: str, rows: int, columns: int, terms: int, copies: int
 ) -> list[Tile]:
+    """For `copies` products (groups, residue classes) of so many rows, columns and terms."""
     if target.name == INTERPRETER:
         # The block that wastes least on the last step; among equals the largest.
         K = min((256, 128, 64), key=lambda K: -(-terms // K) * K) if terms > 32 else power_of_two(terms)
@@ -348,7 +365,7 @@ def _pixel_tiles(
 
     def seconds(tile: Tile) -> float:
         """Of the busiest multiprocessor, in some unit."""
-        programs = -(-rows // tile.M) * -(-columns // tile.N)
+        programs = -(-rows // tile.M) * -(-columns // tile.N) * copies
         work = tile.M * tile.N + LOADING * (tile.M + tile.N)
         return (_busiest(target, programs) + ALONE) * work
 
@@ -371,10 +388,11 @@ def _fitting(found: tuple[Tile, ...], extents: dict[str, int]) -> list[Tile]:
 
 
 def _with_depth(tile: Tile, terms: int) -> Tile:
-    """The tile with as much of its depth as divides the terms."""
-    if terms % (tile.parts * tile.K) == 0:
-        return tile
-    return replace(tile, K=_fit(tile.K, terms), parts=1)
+    """The tile with as much of its depth as divides the terms, fewer parts before thinner ones."""
+    for parts in _powers_down_from(tile.parts):
+        if terms % (parts * tile.K) == 0:
+            return replace(tile, parts=parts)
+    return replace(tile, K=_fit(max(tile.K, 2 * SMALLEST), terms), parts=1)
 
 
 def _lookup(table: dict, target: Target, dtype: torch.dtype, precision: str) -> tuple[Tile, ...]:

@@ -14,7 +14,8 @@ from rich.console import Console
 
 import attacks.run.command
 import train.run
-from kernels import ops
+from kernels import interpreter, ops, tiles
+from kernels.runtime import Target
 from train.data import load_data
 from train.distributed import World
 from train.loop import Trainer
@@ -164,3 +165,32 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         launcher = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *a, _f=launcher, _n=name, **k: calls.append(_n) or _f(*a, **k))
     return calls
+
+
+@pytest.fixture
+def addresses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(lowest, highest) address of each block that interpreted kernels load, masked elements included."""
+    seen = []
+    load = interpreter._load
+
+    def record(pointers, *arguments):
+        seen.append((int(pointers.data.min()), int(pointers.data.max())))
+        return load(pointers, *arguments)
+
+    monkeypatch.setattr(interpreter, "_load", record)
+    return seen
+
+
+@pytest.fixture
+def gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """gpu_tiles("sm_80") makes interpreted launches take the tiles, and the splits, of that GPU."""
+
+    def use(arch: str) -> None:
+        gpu = Target(arch, 8)
+        candidates = tiles.candidates
+        monkeypatch.setattr(tiles, "candidates", lambda op, _, *a: candidates(op, gpu, *a))
+        for name in ("depthwise_tile", "splits", "takes_windows", "packs_classes"):
+            pick = getattr(tiles, name)
+            monkeypatch.setattr(tiles, name, lambda _, *a, _pick=pick, **k: _pick(gpu, *a, **k))
+
+    return use

@@ -63,7 +63,7 @@ def test_a_row_is_what_the_compiler_made(forward):
 
 def test_a_weight_gradient_counts_its_second_pass():
     found = row("weight_grad", G64, torch.float16, "ieee", "sm_80")
-    (then,) = found.then
+    (then,) = found.others_launched
     assert then.kernel == "sum_splits_kernel"
     assert found.bound_seconds == pytest.approx(max(found.bound_parts.values()) + then.bound_seconds)
 

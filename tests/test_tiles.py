@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import assert_matches
 
-from kernels import conv2d, interpreter, ops, runtime, tiles
+from kernels import conv2d, ops, runtime, tiles
 from kernels.geometry import ConvGeometry
 from kernels.runtime import Target
 
@@ -16,35 +16,6 @@ CASES = [
     pytest.param((2, 64, 9, 9), (64, 32, 3, 3), {"stride": (2, 1), "padding": 1, "groups": 2}, id="groups-and-stride"),
     pytest.param((3, 40, 9, 11), (80, 1, 3, 5), {"stride": (2, 1), "padding": 1, "groups": 40}, id="depthwise"),
 ]
-
-
-@pytest.fixture
-def addresses(monkeypatch) -> list[tuple[int, int]]:
-    """(lowest, highest) address of each block that interpreted kernels load, masked elements included."""
-    seen = []
-    load = interpreter._load
-
-    def record(pointers, *arguments):
-        seen.append((int(pointers.data.min()), int(pointers.data.max())))
-        return load(pointers, *arguments)
-
-    monkeypatch.setattr(interpreter, "_load", record)
-    return seen
-
-
-@pytest.fixture
-def gpu_tiles(monkeypatch):
-    """gpu_tiles("sm_80") makes interpreted launches take the tiles, and the splits, of that GPU."""
-
-    def use(arch: str) -> None:
-        gpu = Target(arch, 8)
-        candidates = tiles.candidates
-        monkeypatch.setattr(tiles, "candidates", lambda op, _, *a: candidates(op, gpu, *a))
-        for name in ("depthwise_tile", "splits", "takes_windows", "packs_classes"):
-            pick = getattr(tiles, name)
-            monkeypatch.setattr(tiles, name, lambda _, *a, _pick=pick, **k: _pick(gpu, *a, **k))
-
-    return use
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)

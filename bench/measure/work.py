@@ -23,7 +23,10 @@ import torch
 from kernels.geometry import ConvGeometry
 from kernels.runtime import Launch
 
-PRODUCT, DEPTHWISE, SUM, UNKNOWN = "matrix product", "depthwise", "sum of splits", "unknown"
+PRODUCT, DEPTHWISE, SUM, COPY, UNKNOWN = "matrix product", "depthwise", "sum of splits", "copy", "unknown"
+
+# Which operand a kernel that only copies reads, for the product after it (kernels/few_channels.py).
+COPIES = {"pad_kernel": "x", "class_filters_kernel": "w"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +34,7 @@ class Work:
     """One launch."""
 
     kind: str
-    """PRODUCT, DEPTHWISE, SUM, or UNKNOWN, of which nothing is counted."""
+    """PRODUCT, DEPTHWISE, SUM, COPY, or UNKNOWN, of which nothing is counted."""
     programs: int
     parts: tuple[tuple[int, int], ...] = ()
     """(programs, multiply-adds that each executes), most work first; empty where it is not known who does what."""
@@ -50,44 +53,55 @@ def work_of(op: str, geometry: ConvGeometry, dtype: torch.dtype, launches: Seque
     """Of each launch of an operation, in order. `launches` need `grid`, `arguments` and `kernel.metadata.name`."""
     found: list[Work] = []
     operands, result = operand_bytes(op, geometry, dtype), result_bytes(op, geometry, dtype)
+    left = sum(operands.values())
     for launch in launches:
         name, programs = launch.kernel.metadata.name, prod(launch.grid)
         splits = max((work.splits for work in found), default=1)
         if name.startswith("sum_splits"):
-            elements = prod(geometry.w_shape)
+            elements = launch.arguments["ELEMENTS"]  # of the filter that was launched for: windows' is wider
             read = splits * elements * accumulator_bytes(dtype)
             work = Work(
                 kind=SUM, programs=programs, steps=splits, compulsory=result,
                 bytes_requested=read + elements * dtype.itemsize,
             )  # fmt: skip
+        elif name in COPIES:
+            read = operands[COPIES[name]]
+            left -= read
+            work = Work(kind=COPY, programs=programs, compulsory=read, bytes_requested=2 * read)
         elif not {"BLOCK_M", "BLOCK_N"} <= launch.arguments.keys():
             work = Work(kind=UNKNOWN, programs=programs)
         else:
             rule = _depthwise if name.startswith("depthwise") else _product
-            work = rule(op, geometry, dtype, programs, launch.arguments, operands, result)
+            work = rule(name, geometry, dtype, programs, launch.arguments, left, result)
         found.append(work)
     return found
 
 
 def _product(
-    op: str, g: ConvGeometry, dtype: torch.dtype, programs: int, arguments: dict, operands: int, result: int
+    name: str, g: ConvGeometry, dtype: torch.dtype, programs: int, arguments: dict, operands: int, result: int
 ) -> Work:
     M, N, K = (arguments[f"BLOCK_{axis}"] for axis in "MNK")
-    # Whether a block of the filter spans several taps; kernels that do not say are taken to waste nothing on it.
-    flat = arguments.get("FLAT", g.Ci_group % K != 0 and op == "forward")
+    # What the kernel multiplies, as it was told: windows and residue classes are other sizes than the layer's.
+    CI, CO, R, S, groups = (arguments[size] for size in ("CI", "CO", "R", "S", "GROUPS"))
+    flat = arguments.get("FLAT", False)
     splits = 1
-    if op == "forward":
-        steps = _up(g.R * g.S * g.Ci_group, K) if flat else g.R * g.S * _up(g.Ci_group, K)
-        tiles = _up(g.N * g.P * g.Q, M) * _up(g.Co_group, N) * g.groups
-        shares = [(tiles, steps)]
-    elif op == "input_grad":
-        tiles = _up(g.residue_class_pixels, M) * _up(g.Ci_group, N) * g.groups
-        shares = [(tiles, taps * _up(g.Co_group, K)) for taps in class_taps(g)]
+    if name == "forward_kernel":
+        steps = _up(R * S * CI, K) if flat else R * S * _up(CI, K)
+        shares = [(_up(arguments["ROWS"], M) * _up(CO, N) * groups, steps)]
+    elif name == "input_grad_kernel":
+        tiles = _up(g.residue_class_pixels, M) * _up(CI, N) * groups
+        shares = [(tiles, taps * _up(CO, K)) for taps in class_taps(g)]
     else:
-        places = _up(g.R * g.S * g.Ci_group, N) if flat else g.R * g.S * _up(g.Ci_group, N)
-        tiles = _up(g.Co_group, M) * places * g.groups
+        places = _up(R * S * CI, N) if flat else R * S * _up(CI, N)
+        tiles = _up(CO, M) * places * groups
         splits = max(1, programs // tiles)
-        shares = [(tiles * splits, _up(_up(g.N * g.P * g.Q, K), splits))]
+        blocks = _up(arguments["TERMS"], K) if flat else arguments["TERMS"]  # patches
+        each = _up(blocks, splits)
+        # Flat splits do all their steps, the last ones past the last pixel; the others stop at the last patch.
+        full, rest = (splits, 0) if flat else divmod(blocks, each)
+        shares = [(full, each), (int(rest > 0), rest), (splits - full - (rest > 0), 0)]
+        shares = [(tiles * count, steps) for count, steps in shares if count]
+    has_bias = name == "forward_kernel" and arguments.get("b_ptr", ...) is not None  # tensors are not told
     total_steps = sum(count * steps for count, steps in shares)
     known = programs == sum(count for count, _ in shares)
     stored = accumulator_bytes(dtype) if splits > 1 else dtype.itemsize
@@ -102,19 +116,19 @@ def _product(
         steps=max(steps for _, steps in shares),
         splits=splits,
         bytes_requested=total_steps * (M + N) * K * dtype.itemsize
-        + tiles_stored * (M * N * stored + N * dtype.itemsize * (op == "forward")),
+        + tiles_stored * (M * N * stored + N * dtype.itemsize * has_bias),
         compulsory=operands + (result if splits == 1 else 0),
     )
 
 
 def _depthwise(
-    op: str, g: ConvGeometry, dtype: torch.dtype, programs: int, arguments: dict, operands: int, result: int
+    name: str, g: ConvGeometry, dtype: torch.dtype, programs: int, arguments: dict, operands: int, result: int
 ) -> Work:
     M, N = arguments["BLOCK_M"], arguments["BLOCK_N"]
     splits = 1
-    if op == "forward":
+    if name == "depthwise_forward_kernel":
         tiles, steps, loaded, stored = _up(g.N * g.P * g.Q, M) * _up(g.Co, N), g.R * g.S, M * N + N, M * N
-    elif op == "input_grad":
+    elif name == "depthwise_input_grad_kernel":
         step_r, step_s = g.SH // gcd(g.SH, g.DH), g.SW // gcd(g.SW, g.DW)
         tiles = _up(g.N * g.H * g.W, M) * _up(g.Ci, N)
         steps = _up(g.R, step_r) * _up(g.S, step_s) * (g.Co // g.Ci)
@@ -166,19 +180,20 @@ def zero_insertion_multiply_adds(g: ConvGeometry) -> int:
 
 def compulsory_bytes(op: str, g: ConvGeometry, dtype: torch.dtype) -> int:
     """Each element of an operand that is used once, and the result once."""
-    return operand_bytes(op, g, dtype) + result_bytes(op, g, dtype)
+    return sum(operand_bytes(op, g, dtype).values()) + result_bytes(op, g, dtype)
 
 
-def operand_bytes(op: str, g: ConvGeometry, dtype: torch.dtype) -> int:
+def operand_bytes(op: str, g: ConvGeometry, dtype: torch.dtype) -> dict[str, int]:
+    """By operand: "x", "w", "y" (the output gradient), "bias"."""
     rows = _pairs(g.P, g.SH, g.PH, g.DH, g.R, g.H)
     columns = _pairs(g.Q, g.SW, g.PW, g.DW, g.S, g.W)
     # A 1x1 filter of stride 2 reads every fourth pixel alone; padding may be wider than the filter.
     pixels_x = len({h for h, _, _ in rows}) * len({w for w, _, _ in columns})
     pixels_y = len({p for _, p, _ in rows}) * len({q for _, q, _ in columns})
     taps = len({r for _, _, r in rows}) * len({s for _, _, s in columns})
-    x, y, w = g.N * g.Ci * pixels_x, g.N * g.Co * pixels_y, g.Co * g.Ci_group * taps
-    bias = g.Co if op == "forward" else 0
-    return dtype.itemsize * ({"forward": x + w, "input_grad": y + w, "weight_grad": x + y}[op] + bias)
+    elements = {"x": g.N * g.Ci * pixels_x, "y": g.N * g.Co * pixels_y, "w": g.Co * g.Ci_group * taps, "bias": g.Co}
+    read = {"forward": ("x", "w", "bias"), "input_grad": ("y", "w"), "weight_grad": ("x", "y")}[op]
+    return {operand: elements[operand] * dtype.itemsize for operand in read}
 
 
 def result_bytes(op: str, g: ConvGeometry, dtype: torch.dtype) -> int:

@@ -44,8 +44,8 @@ TENSOR_MEMORY = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Second:
-    """A launch that follows the operation's first one: the sum of splits."""
+class Other:
+    """A launch beside the operation's main one: the sum of splits, a copy."""
 
     kernel: str
     programs: int
@@ -73,7 +73,7 @@ class Row:
     gpu: str
 
     kernel: str
-    """The first launch's, of which the figures below are unless they say otherwise."""
+    """The main launch's, which multiplies most; the figures below are of it unless they say otherwise."""
     tile: tuple[int, int, int]
     """BLOCK_M, BLOCK_N, BLOCK_K; the depthwise kernels' K is 1."""
     warps: int
@@ -128,14 +128,14 @@ class Row:
     quantisation: float
     """How much longer the busiest multiprocessor multiplies than all would at an even spread."""
     bound_parts: dict[str, float]
-    """Seconds of the first launch by what takes them."""
+    """Seconds of the main launch by what takes them."""
     bound_seconds: float | None
     """Of all launches, one after another; None where the kernel cannot be launched."""
     bound_by: str
     roofline_seconds: float
     roofline_by: str
-    then: tuple[Second, ...]
-    """Launches after the first."""
+    others_launched: tuple[Other, ...]
+    """Launches beside the main one."""
 
     @property
     def roofline_share(self) -> float | None:
@@ -172,7 +172,8 @@ def row(op: str, layer: ConvGeometry | Layer, dtype: torch.dtype, precision: str
     ]
     useful, compulsory = useful_multiply_adds(g), compulsory_bytes(op, g, dtype)
     best = roofline(gpu, useful, compulsory, dtype, precision)
-    launch, work, code, slowest = launches[0], works[0], codes[0], bounds[0]
+    main = max(range(len(works)), key=lambda index: works[index].multiply_adds)
+    launch, work, code, slowest = launches[main], works[main], codes[main], bounds[main]
     held = held_by(gpu, launch, code)
     in_waves = waves(blocks=work.programs, held=held, multiprocessors=gpu.multiprocessors) if held.blocks else None
     is_strided = op == "input_grad" and max(g.SH, g.SW) > 1
@@ -203,15 +204,19 @@ def row(op: str, layer: ConvGeometry | Layer, dtype: torch.dtype, precision: str
         quantisation=slowest.quantisation,
         bound_parts=slowest.parts,
         bound_seconds=sum(one.seconds for one in bounds) if held.blocks else None,
-        bound_by=by_of(bounds) if held.blocks else f"does not fit: {held.limit}",
+        bound_by=by_of(bounds, main) if held.blocks else f"does not fit: {held.limit}",
         roofline_seconds=best.seconds,
         roofline_by=best.by,
-        then=tuple(second(*each) for each in zip(launches[1:], works[1:], codes[1:], bounds[1:], strict=True)),
+        others_launched=tuple(
+            other(*each)
+            for index, each in enumerate(zip(launches, works, codes, bounds, strict=True))
+            if index != main
+        ),
     )
 
 
 def figures_of(launch: Launch, code: sass.Code, dtype: torch.dtype) -> dict[str, Any]:
-    """Fields of a Row that its first launch's machine code alone tells."""
+    """Fields of a Row that its main launch's machine code alone tells."""
     loop, warps, tile = code.worked, warps_of(launch), tile_of(launch)
     once = pass_of(loop, warps=warps, tile=tile, itemsize=dtype.itemsize)
     a_pass = once.multiply_adds / warps or None
@@ -236,17 +241,17 @@ def figures_of(launch: Launch, code: sass.Code, dtype: torch.dtype) -> dict[str,
     )
 
 
-def second(launch: Launch, work: Work, code: sass.Code, least: Bound) -> Second:
-    return Second(
+def other(launch: Launch, work: Work, code: sass.Code, least: Bound) -> Other:
+    return Other(
         kernel=launch.kernel.metadata.name, programs=work.programs, registers=code.registers, spills=code.spills,
         bound_seconds=least.seconds,
     )  # fmt: skip
 
 
-def by_of(bounds: list[Bound]) -> str:
-    """What bounds the first launch, or DRAM where the others take longer."""
-    first, others = bounds[0], sum(one.seconds for one in bounds[1:])
-    return first.by if first.seconds >= others else DRAM
+def by_of(bounds: list[Bound], main: int) -> str:
+    """What bounds the main launch, or DRAM where the others take longer."""
+    seconds = bounds[main].seconds
+    return bounds[main].by if seconds >= sum(one.seconds for one in bounds) - seconds else DRAM
 
 
 def held_by(gpu: Gpu, launch: Launch, code: sass.Code) -> Occupancy:

@@ -192,11 +192,11 @@ def details(row: Row, calibration: Calibration | None) -> list[tuple[str, str]]:
             "residue classes",
             f"{less:.2f} times less than the {row.zero_insertion_multiply_adds:,} multiply-adds of zero insertion",
         ))  # fmt: skip
-    for then in row.then:
+    for launch in row.others_launched:
         found.append((
-            "then",
-            f"{then.kernel}, {then.programs:,} programs, {then.registers} registers, {then.spills} spills, "
-            f"{words.microseconds(then.bound_seconds)} us of the bound",
+            "beside it",
+            f"{launch.kernel}, {launch.programs:,} programs, {launch.registers} registers, {launch.spills} spills, "
+            f"{words.microseconds(launch.bound_seconds)} us of the bound",
         ))  # fmt: skip
     if calibration and (estimate := calibration.estimate(row)):
         found.append(("estimate", f"{words.microseconds(estimate)} us; {calibration.label}"))
