@@ -15,7 +15,8 @@ SH*SW*Ci, and what they read overlaps: an input pixel h = SH*i + a reads the out
 
     packed[n,(a,b,ci),i,j] = sum_{co,d,e} dy[n,co,i+d,j+e] * w[co,ci,a+PH-SH*d,b+PW-SW*e]   zero where w ends
 
-whose result is dealt out to its pixels afterwards.
+whose result is dealt out to its pixels afterwards. A dy that is infinite or NaN also reaches the pixels of its d and e
+that its filter misses, through those zeros.
 """
 
 from dataclasses import dataclass, replace

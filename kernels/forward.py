@@ -23,14 +23,15 @@ def forward_kernel(
     stride_wk: tl.constexpr, stride_wt: tl.constexpr, stride_wc: tl.constexpr,
     CI: tl.constexpr, CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    GROUPS: tl.constexpr, PITCH: tl.constexpr, USED: tl.constexpr,
+    GROUPS: tl.constexpr, PITCH: tl.constexpr, USED: tl.constexpr, HALO: tl.constexpr,
     FLAT: tl.constexpr, INDEX: tl.constexpr, SPAN: tl.constexpr, WEIGHT_INDEX: tl.constexpr, BITS: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # CI, CO: channels of one group. PITCH: elements from a pixel of x to the next. USED: channels that count, all but
-    # for few_channels.py. ROWS = N*P*Q output pixels. STEPS of the main loop, known at the launch alone: a short loop
-    # of known length is unrolled, and then holds all its loads in registers at once.
+    # for few_channels.py. HALO: whether any tap falls outside the image. ROWS = N*P*Q output pixels. STEPS of the main
+    # loop, known at the launch alone: a short loop of known length is unrolled, and then holds all its loads in
+    # registers at once.
     TERMS: tl.constexpr = R * S * CI
     K_BLOCKS: tl.constexpr = (CI + BLOCK_K - 1) // BLOCK_K
     TILES_N: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
@@ -111,10 +112,10 @@ def forward_kernel(
         o_w = tl.full((), 0, WEIGHT_INDEX)
         c = tl.full((), 0, tl.int32)
         for _ in range(STEPS):
-            if PH == 0 and PW == 0:
-                inside = tl.full((BLOCK_M, 1), True, tl.int1)
-            else:
+            if HALO:
                 inside = (taps_inside & bit)[:, None] != 0  # [BM, 1]
+            else:
+                inside = tl.full((BLOCK_M, 1), True, tl.int1)
             if CI % BLOCK_K == 0:
                 p_tap = p_x + tl.where(inside, o_x, back).to(tl.int64) * UNIT  # [BM, BK]
                 # Parts of one tap's channels share its addresses and its mask.
@@ -219,6 +220,7 @@ def product(
             stride_wk=stride_wk, stride_wt=stride_wt, stride_wc=stride_wc,
             CI=g.Ci_group, CO=g.Co_group, **g.constants,
             GROUPS=g.groups, PITCH=pixel, USED=used,
+            HALO=g.PH > 0 or g.PW > 0 or P > g.P or Q > g.Q,
             FLAT=tile.flat,
             INDEX=runtime.index_type(g.halo_pixels, g.N * g.H * row, rows + tile.M),
             SPAN=runtime.index_type(g.filter_span * row // g.W * pixel),

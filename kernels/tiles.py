@@ -38,6 +38,9 @@ class Tile:
 # Half precision's matrix instructions take 16 terms at once; no block of any dtype is made smaller.
 SMALLEST = 16
 
+# Steps of the main loop that a part of a weight gradient's reduction has at least: it takes two to fill the pipeline.
+LEAST_STEPS = 4
+
 # Triton refuses blocks of more elements.
 LARGEST_BLOCK = 2**20
 
@@ -59,7 +62,7 @@ PIXEL_TILES = {
     (75, 4): (
         Tile(M=64, N=128, K=16, num_warps=4, num_stages=1),
         Tile(M=128, N=64, K=16, num_warps=4, num_stages=1),
-        Tile(M=64, N=64, K=32, num_warps=2, num_stages=1),
+        Tile(M=64, N=64, K=16, num_warps=2, num_stages=1),
     ),
     (75, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),),
     # 64 channels of fp16 are one 128-byte line a row. Parts: Triton prefetches from shared memory into registers on
@@ -79,6 +82,12 @@ PIXEL_TILES = {
         Tile(M=64, N=64, K=16, parts=2, num_warps=2, num_stages=3),
     ),
     (80, 8): (Tile(M=64, N=64, K=16, num_warps=8, num_stages=2),),
+    # Two parts of 64 columns spill there; tensor cores are the limit either way.
+    (86, 4): (
+        Tile(M=128, N=128, K=32, num_warps=8, num_stages=3),
+        Tile(M=128, N=64, K=32, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=16, parts=2, num_warps=2, num_stages=3),
+    ),
     (90, 2): (
         Tile(M=128, N=128, K=64, num_warps=8, num_stages=3),
         Tile(M=64, N=128, K=64, num_warps=4, num_stages=4),
@@ -89,6 +98,16 @@ PIXEL_TILES = {
         Tile(M=128, N=128, K=32, num_warps=8, num_stages=3),
         Tile(M=128, N=64, K=32, num_warps=4, num_stages=3),
         Tile(M=64, N=64, K=32, num_warps=4, num_stages=4),
+    ),
+    # Matrix instructions of 128 rows, whose sums lie in a memory of their own.
+    (100, 2): (
+        Tile(M=128, N=128, K=64, num_warps=4, num_stages=3),
+        Tile(M=128, N=64, K=64, num_warps=4, num_stages=3),
+    ),
+    (100, 4): (
+        Tile(M=128, N=128, K=32, num_warps=8, num_stages=3),
+        Tile(M=128, N=64, K=32, num_warps=4, num_stages=3),
+        Tile(M=128, N=32, K=32, num_warps=8, num_stages=3),  # four warps spill
     ),
     # 99 KiB of shared memory, and no prefetching.
     (120, 2): (
@@ -130,20 +149,28 @@ WEIGHT_TILES = {
     (75, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=1),),
     (80, 2): (
         Tile(M=128, N=128, K=64, num_warps=8, num_stages=3),
-        Tile(M=64, N=64, K=128, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=64, num_warps=2, num_stages=3),  # 64 x 32 sums to a warp: fewer shared loads
     ),
     (80, 4): (
         Tile(M=128, N=128, K=32, num_warps=8, num_stages=3),
-        Tile(M=64, N=64, K=32, num_warps=2, num_stages=3),  # 64 x 32 sums to a warp: fewer shared loads
+        Tile(M=64, N=64, K=32, num_warps=2, num_stages=3),
     ),
     (80, 8): (Tile(M=32, N=32, K=16, num_warps=4, num_stages=2),),
+    # On an H100, 3x3 of 128 channels took 43 us by the first, and 48 with twice the warps; of 64, 59 us by the last but
+    # one, and 73 by the last, though its loop has fewer other instructions.
     (90, 2): (
-        Tile(M=128, N=128, K=64, num_warps=8, num_stages=3),
+        Tile(M=128, N=128, K=64, num_warps=4, num_stages=3),
         Tile(M=128, N=64, K=64, num_warps=4, num_stages=3),
+        Tile(M=64, N=64, K=64, num_warps=4, num_stages=3),
         Tile(M=64, N=64, K=128, num_warps=4, num_stages=3),
     ),
-    # Two warps: four would use the matrix instructions that take 32-bit operands only with pixels side by side.
-    (90, 4): (Tile(M=64, N=64, K=32, num_warps=2, num_stages=3),),
+    # Two warps: four would use the matrix instructions that take 32-bit operands only with pixels side by side, and on
+    # an H100 took 688 us for 146.
+    (90, 4): (
+        Tile(M=128, N=64, K=32, num_warps=2, num_stages=3),
+        Tile(M=64, N=64, K=32, num_warps=2, num_stages=3),
+    ),
+    (120, 8): (Tile(M=64, N=32, K=16, num_warps=4, num_stages=1),),  # on FMA units there; two stages spill
     (120, 2): (
         Tile(M=128, N=128, K=64, num_warps=8, num_stages=3),
         Tile(M=64, N=64, K=64, num_warps=4, num_stages=3),
@@ -161,12 +188,19 @@ AMD_TILES = {
     8: (Tile(M=32, N=32, K=16, num_warps=4, num_stages=2),),
 }
 
-# IEEE fp32 has no tensor cores on any generation; the TF32 tiles would spill.
+# IEEE fp32 has no tensor cores on any generation; the TF32 tiles would spill. Two warps on the smallest, for 64 sums to
+# a thread; 32 columns have a tile of their own, since half of a wider one spills.
 IEEE_FP32_TILES = (
     Tile(M=128, N=64, K=16, num_warps=4, num_stages=2),
     Tile(M=64, N=128, K=16, num_warps=4, num_stages=3),
     Tile(M=64, N=64, K=16, num_warps=2, num_stages=3),
     Tile(M=64, N=32, K=32, num_warps=2, num_stages=2),
+    Tile(M=256, N=16, K=16, num_warps=4, num_stages=2),
+)
+IEEE_WEIGHT_TILES = (
+    Tile(M=128, N=64, K=16, num_warps=4, num_stages=2),
+    Tile(M=64, N=64, K=16, num_warps=2, num_stages=3),
+    Tile(M=64, N=32, K=32, num_warps=4, num_stages=3),
 )
 
 # What ranks tiles for a grid, in units of one multiply-add of a block. They only rank.
@@ -200,7 +234,8 @@ def takes_windows(target: Target, geometry: ConvGeometry) -> bool:
     The interpreter gains nothing from wide loads; the taps of a dilated filter row do not lie side by side.
     """
     g = geometry
-    return target.name != INTERPRETER and few_channels(g) and g.groups == 1 and g.DW == 1 and g.S <= SMALLEST
+    side_by_side = g.groups == g.DW == 1
+    return target.name != INTERPRETER and few_channels(g) and side_by_side and g.S <= SMALLEST and g.R <= MOST_BITS
 
 
 def packs_classes(target: Target, geometry: ConvGeometry) -> bool:
@@ -329,7 +364,7 @@ def passing(tile: Tile, dtype: torch.dtype) -> float:
 
 
 def splits(target: Target, *, programs: int, steps: int, passing: float = 4) -> int:
-    """Parts that a weight gradient's reduction of so many steps is cut into, at least 4 steps each.
+    """Parts that a weight gradient's reduction of so many steps is cut into, LEAST_STEPS each and more.
 
     Enough for a program on every multiprocessor, and then so many that the busiest one is done soonest, if a part costs
     `passing` steps besides: its sum is written, and read again. A function of shape and device alone, so that sums are
@@ -337,7 +372,7 @@ def splits(target: Target, *, programs: int, steps: int, passing: float = 4) -> 
     """
     if target.name == INTERPRETER:
         return 1
-    most = max(1, steps // 4)
+    most = max(1, steps // LEAST_STEPS)
     least = min(most, -(-target.multiprocessors // programs))
     enough = min(most, -(-4 * target.multiprocessors // programs))
 
@@ -392,7 +427,8 @@ def _with_depth(tile: Tile, terms: int) -> Tile:
     for parts in _powers_down_from(tile.parts):
         if terms % (parts * tile.K) == 0:
             return replace(tile, parts=parts)
-    return replace(tile, K=_fit(max(tile.K, 2 * SMALLEST), terms), parts=1)
+    whole = tile.K if tile.parts == 1 else max(tile.K, 2 * SMALLEST)
+    return replace(tile, K=_fit(whole, terms), parts=1)
 
 
 def _lookup(table: dict, target: Target, dtype: torch.dtype, precision: str) -> tuple[Tile, ...]:
@@ -400,7 +436,7 @@ def _lookup(table: dict, target: Target, dtype: torch.dtype, precision: str) -> 
         return AMD_TILES[dtype.itemsize]
     generation = _generation(target)
     if generation >= 80 and dtype == torch.float32 and precision == "ieee":
-        return IEEE_FP32_TILES
+        return IEEE_WEIGHT_TILES if table is WEIGHT_TILES else IEEE_FP32_TILES
     served = [first for first, size in table if first <= generation and size == dtype.itemsize]
     return table[max(served), dtype.itemsize]
 

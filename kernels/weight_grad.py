@@ -156,7 +156,10 @@ def weight_grad_kernel(
             last_in_row = z == PATCHES_W
             y += tl.where(last_in_row, 1, 0)
             last_in_image = y == patches_h
-            o_dy += tl.where(last_in_image, next_image_dy, tl.where(last_in_row, next_row_dy, PATCH_W))
+            if RAGGED or PATCHES_W > 1:
+                o_dy += tl.where(last_in_image, next_image_dy, tl.where(last_in_row, next_row_dy, PATCH_W))
+            else:
+                o_dy += BLOCK_K  # whole rows follow each other without a gap
             o_x += tl.where(last_in_image, next_image_x, tl.where(last_in_row, next_row_x, ASIDE))
             if BITS is not None:
                 bit = tl.where(last_in_image, 1, bit << 1)

@@ -1,7 +1,7 @@
 """The gate: what the compiler makes of the kernels meets its targets (bench/report_card/targets.py).
 
 Compilation is deterministic, so this needs no GPU and no tolerance. A named sample is judged here; all layers of
-SimpleNet, CustomNet and ResNet18 are in `make test-slow`.
+SimpleNet, CustomNet and ResNet18, and the tiles that tuning tries, are in `make test-slow`.
 """
 
 import functools
@@ -9,11 +9,11 @@ import functools
 import pytest
 
 from bench.report_card.card import DTYPES, OPERATIONS, Row, row
-from bench.report_card.targets import EXCEPTIONS, TARGETS, judge, target_of
+from bench.report_card.targets import CHECKS, EXCEPTIONS, TARGETS, judge, target_of
 from bench.shapes import conv_layers
 from kernels import tiles
 from kernels.geometry import ConvGeometry
-from kernels.runtime import MULTIPROCESSORS
+from kernels.runtime import MULTIPROCESSORS, Target
 
 GEOMETRIES = {
     "3x3-64": ConvGeometry.of((256, 64, 32, 32), (64, 64, 3, 3), 1, 1),
@@ -84,7 +84,7 @@ def test_a_worse_tile_fails_the_gate(worse, missed, monkeypatch):
 
 def test_every_exception_has_its_reason():
     for (check, op, dtype, arch), reason in EXCEPTIONS.items():
-        assert check in ("spills", "fits", "tensor cores", "loads", "wave", "overhead")
+        assert check in CHECKS
         assert op in (*OPERATIONS, "*")
         assert dtype in (*DTYPES, "*")
         assert arch in (*MULTIPROCESSORS, "*")
@@ -110,3 +110,28 @@ def test_every_layer_of_every_model_meets_its_targets(arch, dtype, op):
     rows = [row(op, layer, *DTYPES[dtype], arch) for layer in layers.values()]
     missed = {f"{each.layer} of {each.x_shape}": misses for each in rows if (misses := judge(each))}
     assert not missed, "\n".join([f"{len(missed)} of {len(rows)} rows:", *(f"  {k}: {v}" for k, v in missed.items())])
+    if op == "weight_grad":
+        of_simplenet = {layer.geometry for layer in conv_layers("simplenet", 256, 128)}
+        filled = [found.programs for geometry, found in zip(layers, rows, strict=True) if geometry in of_simplenet]
+        assert len(filled) == 7
+        assert min(filled) >= MULTIPROCESSORS[arch]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("dtype", ["fp16", "tf32", "fp32"])
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_120"])
+def test_tiles_that_only_tuning_tries_are_sound(arch, dtype, op, monkeypatch):
+    """Of SimpleNet's layers, all candidates but the first, which the whole judges: they may be slower, and no worse."""
+    if (arch, dtype) not in WHOLE:
+        pytest.skip("sm_75 has no TF32: its tiles are those of fp32")
+    target, candidates = Target(arch, MULTIPROCESSORS[arch]), tiles.candidates
+    missed = {}
+    for layer in conv_layers("simplenet", 256, 128):
+        _, *others = candidates(op, target, layer.geometry, *DTYPES[dtype])
+        for tile in others:
+            monkeypatch.setattr(tiles, "candidates", lambda *_, tile=tile: (tile,))
+            misses = judge(row(op, layer, *DTYPES[dtype], arch), checks=("spills", "fits", "tensor cores", "loads"))
+            if misses:
+                missed[layer.name, tile] = misses
+    assert not missed, "\n".join(f"{k}: {v}" for k, v in missed.items())

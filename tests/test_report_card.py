@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,26 @@ def test_a_weight_gradient_counts_its_second_pass():
     assert found.bound_seconds == pytest.approx(max(found.bound_parts.values()) + then.bound_seconds)
 
 
+@pytest.mark.parametrize(
+    ("op", "main", "copy"),
+    [
+        ("forward", "forward_kernel", "pad_kernel"),
+        ("input_grad", "forward_kernel", "class_filters_kernel"),
+        ("weight_grad", "weight_grad_kernel", "pad_kernel"),
+    ],
+)
+def test_a_copy_stands_beside_the_launch_that_multiplies(op, main, copy):
+    found = row(op, ConvGeometry.of((8, 3, 32, 32), (64, 3, 7, 7), 2, 3), torch.float16, "ieee", "sm_80")
+    first, *rest = found.others_launched
+    assert (found.kernel, first.kernel) == (main, copy)
+    assert [other.kernel for other in rest] in ([], ["sum_splits_kernel"])
+    assert found.tensor_core_instructions > 0
+    others = sum(other.bound_seconds for other in found.others_launched)
+    assert found.bound_seconds == pytest.approx(max(found.bound_parts.values()) + others)
+    assert found.multiply_adds > found.useful_multiply_adds
+    assert (found.zero_insertion_multiply_adds is None) == (op != "input_grad")
+
+
 def test_rows_of_other_dtypes_and_kinds():
     tf32 = row("forward", ConvGeometry.of((8, 64, 8, 8), (64, 64, 3, 3), 1, 1), torch.float32, "tf32", "sm_90")
     assert (tf32.dtype, tf32.tensor_core_instructions > 0, tf32.others_per_fma) == ("tf32", True, None)
@@ -128,12 +149,26 @@ def test_each_target_is_missed_by_a_row_that_misses_it(forward):
         "no tensor cores": dict(tensor_core_instructions=0),
         "global loads of 2 bytes": dict(global_loads={16: 8, 2: 4}),
         "global loads of 0 bytes": dict(global_loads={}),
+        "no copies in flight": dict(copies_in_flight=0),
         "overhead 1.26 > 1.25": dict(overhead=1.26),
         "100 programs for 108 multiprocessors": dict(op="weight_grad", programs=100),
         "does not fit on a multiprocessor: shared memory": dict(blocks=0, occupancy_limit="shared memory"),
     }
     for words, changes in wrong.items():
         assert targets.judge(dataclasses.replace(good, **changes)) == [words]
+
+
+def test_a_grid_may_be_small_where_its_reduction_is_too_short_to_split(forward):
+    good = dataclasses.replace(forward, op="weight_grad", overhead=1.0, programs=100)
+    step = 100 * math.prod(good.tile)
+    assert targets.judge(dataclasses.replace(good, multiply_adds=7 * step)) == []
+    assert targets.judge(dataclasses.replace(good, multiply_adds=8 * step)) == ["100 programs for 108 multiprocessors"]
+
+
+def test_only_what_pipelines_is_held_to_its_copies(forward):
+    for changes in (dict(stages=2), dict(unrolled=True), dict(arch="sm_75", tensor_core_instructions=0)):
+        assert targets.judge(dataclasses.replace(forward, copies_in_flight=None, **changes)) == [], changes
+    assert targets.judge(dataclasses.replace(forward, copies_in_flight=None)) == ["no copies in flight"]
 
 
 def test_rows_without_a_target_are_let_be(forward):

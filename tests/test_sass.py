@@ -133,6 +133,21 @@ def test_forward_branches_inside_a_loop_leave_it_whole_and_shorten_its_least_pas
     assert (len(loop.instructions), loop.others, loop.fewest) == (9, 7, 6)
 
 
+@pytest.mark.parametrize(
+    ("inside", "groups"),
+    [
+        (("LDGSTS.E.128 [R1], [R2]", "DEPBAR.LE SB0, 0x4", "DEPBAR.LE SB0, 0x2"), 2),
+        (("LDGSTS.E.128 [R1], [R2]", "DEPBAR.LE SB0, 0x0"), 0),
+        (("LDGSTS.E.128 [R1], [R2]", "WARPGROUP.DEPBAR.LE gsb0, 0x1"), 0),
+        (("LDG.E.128 R4, [R2]", "DEPBAR.LE SB0, 0x1"), None),
+    ],
+    ids=["two-waits", "waits-for-all", "never-waits", "no-copies"],
+)
+def test_copies_in_flight_are_what_the_strictest_wait_leaves(inside, groups):
+    (loop,) = innermost(listing(*inside, "HMMA.16816.F32 R8, R4, R6, R8", "@P0 BRA 0x0", "EXIT"))
+    assert loop.copies_in_flight == groups
+
+
 def test_the_main_loop_is_the_one_that_multiplies_most():
     found = listing(
         "FFMA R1, R2, R3, R1", "@P0 BRA 0x0", "FFMA R1, R2, R3, R1", "FFMA R1, R2, R3, R1", "@P0 BRA 0x20", "EXIT",

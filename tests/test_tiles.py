@@ -36,7 +36,7 @@ def test_the_ieee_tile_computes_the_same_when_interpreted(x_shape, w_shape, geom
     lookup = tiles._lookup
     monkeypatch.setattr(tiles, "_lookup", lambda *a: taken.append(lookup(*a)) or taken[-1])
     assert_matches(conv2d, x_shape, w_shape, torch.float32, **geometry)
-    assert set(taken) == {tiles.IEEE_FP32_TILES}
+    assert set(taken) == {tiles.IEEE_FP32_TILES, tiles.IEEE_WEIGHT_TILES}
 
 
 ADDRESS_CASES = [
@@ -90,6 +90,20 @@ def test_gpu_blocks_divide_channels_where_they_can():
         g = ConvGeometry.of((8, channels, 9, 9), (64, channels, 3, 3))
         tile = tiles.choose("forward", Target("sm_80", 108), g, torch.float16, "ieee")
         assert (16 if tile.flat else block) == tile.K * tile.parts, channels
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_batch_size_orders_candidates_and_no_more(arch, dtype):
+    """A tuned choice serves every batch, so its tile must be one of each batch's."""
+    for op in ("forward", "input_grad", "weight_grad"):
+        for stride in (1, 2):
+            found = {
+                frozenset(tiles.candidates(op, Target(arch, 100), g, dtype, "tf32"))
+                for N in (1, 7, 256, 4096)
+                for g in [ConvGeometry.of((N, 128, 8, 8), (256, 128, 3, 3), stride, 1)]
+            }
+            assert len(found) == 1
 
 
 @pytest.mark.parametrize("size", [1, 8, 64, 300])

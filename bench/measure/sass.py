@@ -209,6 +209,17 @@ class Loop:
         return self.has_tensor_copies or self.count("LDGSTS") > 0
 
     @property
+    def copies_in_flight(self) -> int | None:
+        """Groups of asynchronous copies that may be unfinished where fewest are: what the loop's waits let pass.
+
+        None where it has none (LDGSTS); the tensor copy engine's are awaited by barriers, and not counted.
+        """
+        if not self.count("LDGSTS"):
+            return None
+        waits = [one for one in self.instructions if one.opcode == "DEPBAR.LE" and one.operands.startswith("SB0")]
+        return min((int(one.operands.split(",")[1], 16) for one in waits), default=0)
+
+    @property
     def has_tensor_cores(self) -> bool:
         return self.count(*TENSOR_CORES) > 0
 

@@ -113,6 +113,8 @@ class Row:
     global_loads: dict[int, int]
     """{bytes a thread: instructions} of the main loop."""
     asynchronous: bool
+    copies_in_flight: int | None
+    """Groups of asynchronous copies that the main loop's waits leave unfinished; None where it has none."""
     tensor_copies: bool
     """Whether the tensor copy engine (TMA) loads in the main loop."""
 
@@ -237,6 +239,7 @@ def figures_of(launch: Launch, code: sass.Code, dtype: torch.dtype) -> dict[str,
         others_per_fma=loop.others / fmas if fmas and not loop.has_tensor_cores else None,
         global_loads=loop.global_loads,
         asynchronous=loop.has_asynchronous_copies,
+        copies_in_flight=loop.copies_in_flight,
         tensor_copies=loop.has_tensor_copies,
     )
 

@@ -176,7 +176,8 @@ def details(row: Row, calibration: Calibration | None) -> list[tuple[str, str]]:
                      + ("" if row.others_per_fma is None else f", {row.others_per_fma:.3f} for each FMA")
                      + (f"; target {target.most:.2f}: {target.reason}" if target else "")),
         ("global loads", f"{words.loads(row)} ({'' if row.asynchronous else 'no '}asynchronous copies, "
-                         f"{'' if row.tensor_copies else 'no '}TMA)"),
+                         f"{'' if row.tensor_copies else 'no '}TMA)"
+                         + ("" if row.copies_in_flight is None else f", {row.copies_in_flight} groups left in flight")),
         ("work", f"{row.multiply_adds:,} multiply-adds for {useful:,} useful ones"
                  + (f", {row.multiply_adds / useful:.2f} times as many" if useful else "")),
         ("bytes", f"{row.bytes_requested:,} requested, {row.compulsory_bytes:,} compulsory"),

@@ -14,7 +14,7 @@ from bench.measure.bound import LABEL
 from bench.report_card import words
 from bench.report_card.calibration import Calibration
 from bench.report_card.card import Row
-from bench.report_card.targets import exception, judge
+from bench.report_card.targets import CHECKS, exception, judge
 from train.cli import UserError
 
 FORMAT = "conv-lab report card 1"
@@ -26,7 +26,8 @@ COMPARED = {
     "programs": "programs", "waves": "waves", "last wave's waste": "last_wave_waste", "unrolled": "unrolled",
     "tensor core instructions": "tensor_core_instructions", "multiply-adds a pass": "multiply_adds_a_pass",
     "others": "others", "overhead": "overhead", "others per FMA": "others_per_fma", "global loads": "global_loads",
-    "asynchronous": "asynchronous", "TMA": "tensor_copies", "multiply-adds": "multiply_adds",
+    "asynchronous": "asynchronous", "copies in flight": "copies_in_flight", "TMA": "tensor_copies",
+    "multiply-adds": "multiply_adds",
     "bytes requested": "bytes_requested", "misses": "misses",
 }  # fmt: skip
 KEYS = ("arch", "op", "dtype", "x_shape", "w_shape", "stride", "padding", "dilation", "groups")
@@ -95,8 +96,7 @@ def entry(row: Row, calibration: Calibration | None = None) -> dict[str, Any]:
 
 def let_off(row: Row) -> dict[str, str]:
     """{check: reason} of the exceptions that stand for such a row."""
-    checks = ("spills", "fits", "tensor cores", "loads", "wave", "overhead")
-    return {check: reason for check in checks if (reason := exception(check, row))}
+    return {check: reason for check in CHECKS if (reason := exception(check, row))}
 
 
 def read_report(path: Path) -> dict[str, Any]:
