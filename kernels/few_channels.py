@@ -67,16 +67,21 @@ class Windows:
         return self.z.shape[3]
 
 
+def geometry_of_windows(geometry: ConvGeometry) -> ConvGeometry:
+    """Of the R x 1 taps. W counts where windows begin, so that there are Q of them."""
+    g = geometry
+    length = -(-g.S * tiles.padded_channels(g) // tiles.SMALLEST) * tiles.SMALLEST
+    return replace(g, Ci=length, H=g.H + 2 * g.PH, W=(g.Q - 1) * g.SW + 1, S=1, PH=0, PW=0)
+
+
 def windows(x: torch.Tensor, geometry: ConvGeometry, target: runtime.Target) -> Windows:
     """x (N, Ci, H, W), channels-last -> its windows."""
     g = geometry
-    channels = tiles.padded_channels(g)
-    used = g.S * channels
-    length = -(-used // tiles.SMALLEST) * tiles.SMALLEST
+    taps, channels = geometry_of_windows(g), tiles.padded_channels(g)
     # The last window ends within its row, and a row is a multiple of 16 pixels: then pointers to every other pixel are
     # multiples of 16 bytes, as the compiler can see.
-    needed = (g.Q - 1) * g.SW + length // channels
-    height, width = g.H + 2 * g.PH, -(-max(needed, g.W + g.PW) // 16) * 16
+    needed = (g.Q - 1) * g.SW + taps.Ci // channels
+    height, width = taps.H, -(-max(needed, g.W + g.PW) // 16) * 16
     z = runtime.empty((g.N, height, width, channels), "input with its zeros", dtype=x.dtype, device=x.device)
     pixels = g.N * height * width
     block = min(tiles.power_of_two(pixels), 1024)
@@ -87,9 +92,7 @@ def windows(x: torch.Tensor, geometry: ConvGeometry, target: runtime.Target) -> 
         x, z, pixels, height, width, g.H, g.W,
         CI=g.Ci, C=channels, PH=g.PH, PW=g.PW, BLOCK=block, num_warps=4, num_stages=1, output=z,
     )  # fmt: skip
-    # W counts where windows begin, so that there are Q of them.
-    taps = replace(g, Ci=length, H=height, W=(g.Q - 1) * g.SW + 1, S=1, PH=0, PW=0)
-    return Windows(z=z, geometry=taps, used=used)
+    return Windows(z=z, geometry=taps, used=g.S * channels)
 
 
 def filter_rows(w: torch.Tensor, geometry: ConvGeometry, windows: Windows) -> torch.Tensor:
@@ -148,27 +151,32 @@ class Classes:
     """Of that convolution; its output has a pixel for each SH x SW input pixels, more than the geometry tells."""
 
 
+def geometry_of_classes(geometry: ConvGeometry) -> ConvGeometry:
+    """Of the convolution of dy that gives all residue classes of dx; PH < R and PW < S."""
+    g = geometry
+    before_h, before_w = (g.R - 1 - g.PH) // g.SH, (g.S - 1 - g.PW) // g.SW  # output rows and columns read before i, j
+    D, E = (g.SH - 1 + g.PH) // g.SH + before_h + 1, (g.SW - 1 + g.PW) // g.SW + before_w + 1
+    columns = g.SH * g.SW * g.Ci
+    return replace(g, Ci=g.Co, H=g.P, W=g.Q, Co=columns, R=D, S=E, SH=1, SW=1, PH=before_h, PW=before_w)
+
+
 def classes(w: torch.Tensor, geometry: ConvGeometry, target: runtime.Target) -> Classes:
     """w (Co, Ci, R, S), channels-last -> the filters of all classes; PH < R and PW < S."""
-    g = geometry
-    first_d, first_e = -((g.R - 1 - g.PH) // g.SH), -((g.S - 1 - g.PW) // g.SW)
-    D, E = (g.SH - 1 + g.PH) // g.SH - first_d + 1, (g.SW - 1 + g.PW) // g.SW - first_e + 1
-    shape = (g.SH * g.SW * g.Ci, g.Co, D, E)
+    g, forward = geometry, geometry_of_classes(geometry)
     layout = torch.channels_last
-    filters = runtime.empty(shape, "filters of all classes", dtype=w.dtype, device=w.device, memory_format=layout)
+    filters = runtime.empty(
+        forward.w_shape, "filters of all classes", dtype=w.dtype, device=w.device, memory_format=layout
+    )
     block = min(tiles.power_of_two(filters.numel()), 256)
     runtime.launch(
         class_filters_kernel,
         target,
         (-(-filters.numel() // block), 1),
         w, filters, filters.numel(), g.Co,
-        CI=g.Ci, R=g.R, S=g.S, SH=g.SH, SW=g.SW, D=D, E=E,
-        LAST_R=g.PH - g.SH * first_d, LAST_S=g.PW - g.SW * first_e,
+        CI=g.Ci, R=g.R, S=g.S, SH=g.SH, SW=g.SW, D=forward.R, E=forward.S,
+        LAST_R=g.PH + g.SH * forward.PH, LAST_S=g.PW + g.SW * forward.PW,
         BLOCK=block, num_warps=4, num_stages=1, output=filters,
     )  # fmt: skip
-    forward = replace(
-        g, Ci=g.Co, H=g.P, W=g.Q, Co=shape[0], R=D, S=E, SH=1, SW=1, PH=-first_d, PW=-first_e
-    )
     return Classes(filters=filters, geometry=forward)
 
 

@@ -103,7 +103,7 @@ def forward_kernel(
         # One flattened loop over (tap, channel block), so that loads of the next tap are in flight during this one. All
         # that changes with a step is a scalar and advances by addition, chosen by `where`: a branch ends pipelining.
         ROW_STARTS: tl.constexpr = (2 ** (R * S) - 1) // (2**S - 1) - 1  # bit r*S for each r > 0
-        next_row = (W * DH - (S - 1) * DW).to(SPAN) * PITCH // UNIT
+        next_row = (tl.full((), DH, SPAN) * W - (S - 1) * DW) * PITCH // UNIT
         REST: tl.constexpr = (K_BLOCKS - PARTS) * BLOCK_K // UNIT  # of a tap's channels, after its first step
         UNIT_W: tl.constexpr = UNIT if stride_wc == 1 else stride_wt
         PART_W: tl.constexpr = BLOCK_K * stride_wc // UNIT_W

@@ -113,7 +113,7 @@ def input_grad_kernel(
 
     REST: tl.constexpr = (K_BLOCKS - PARTS) * BLOCK_K  # of a tap's channels, after its first step
     next_tap = tl.full((), -DQ * PITCH // UNIT, SPAN)
-    next_row = ((taps_s - 1) * DQ - Q * DP).to(SPAN) * (PITCH // UNIT)
+    next_row = (tl.full((), DQ, SPAN) * (taps_s - 1) - tl.full((), DP, SPAN) * Q) * (PITCH // UNIT)
     UNIT_W: tl.constexpr = UNIT if stride_wk == 1 else stride_wt
     PART_W: tl.constexpr = BLOCK_K * stride_wk // UNIT_W
     TAP_W: tl.constexpr = stride_wt // UNIT_W

@@ -8,7 +8,7 @@ import torch
 
 from bench.rows import MODEL, SIZES
 from bench.shapes import Layer, conv_layers, timed_layers
-from kernels import runtime, tiles
+from kernels import few_channels, runtime, tiles
 from kernels.forward import forward
 from kernels.geometry import ConvGeometry
 from kernels.input_grad import input_grad
@@ -38,7 +38,12 @@ class Case:
         )  # fmt: skip
 
     def candidates(self, target: runtime.Target) -> tuple[Tile, ...]:
-        return tiles.candidates(self.op, target, self.geometry, self.dtype, self.precision)
+        op, geometry = self.op, self.geometry
+        if op == "input_grad" and tiles.packs_classes(target, geometry):
+            op, geometry = "forward", few_channels.geometry_of_classes(geometry)
+        elif op != "input_grad" and tiles.takes_windows(target, geometry):
+            geometry = few_channels.geometry_of_windows(geometry)
+        return tiles.candidates(op, target, geometry, self.dtype, self.precision)
 
     def row(self) -> dict:
         """As plain types."""
