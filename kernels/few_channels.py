@@ -74,6 +74,14 @@ def geometry_of_windows(geometry: ConvGeometry) -> ConvGeometry:
     return replace(g, Ci=length, H=g.H + 2 * g.PH, W=(g.Q - 1) * g.SW + 1, S=1, PH=0, PW=0)
 
 
+def product_of(op: str, target: runtime.Target, geometry: ConvGeometry) -> tuple[str, ConvGeometry]:
+    """What "forward", "input_grad" or "weight_grad" of a layer multiplies: (op, geometry) by which tiles are chosen."""
+    if op == "input_grad":
+        packed = tiles.packs_classes(target, geometry)
+        return ("forward", geometry_of_classes(geometry)) if packed else (op, geometry)
+    return op, geometry_of_windows(geometry) if tiles.takes_windows(target, geometry) else geometry
+
+
 def windows(x: torch.Tensor, geometry: ConvGeometry, target: runtime.Target) -> Windows:
     """x (N, Ci, H, W), channels-last -> its windows."""
     g = geometry

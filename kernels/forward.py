@@ -225,7 +225,7 @@ def product(
             INDEX=runtime.index_type(g.halo_pixels, g.N * g.H * row, rows + tile.M),
             SPAN=runtime.index_type(g.filter_span * row // g.W * pixel),
             WEIGHT_INDEX=runtime.index_type(g.Co_group * g.R * g.S * g.Ci_group),
-            BITS=runtime.index_type(2 ** (g.R * g.S)),
+            BITS=runtime.index_type(2 ** (g.R * g.S)) if g.R * g.S <= tiles.MOST_BITS else None,
             ACC=runtime.accumulator(x.dtype),
             PRECISION=precision,
             BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K, PARTS=tile.parts,

@@ -255,11 +255,6 @@ def padded_channels(geometry: ConvGeometry) -> int:
     return max(4, power_of_two(geometry.Ci))
 
 
-def choose(op: str, target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> Tile:
-    """The tile that a launch takes: the first of `candidates`."""
-    return candidates(op, target, geometry, dtype, precision)[0]
-
-
 @cache
 def candidates(
     op: str, target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str
@@ -367,8 +362,8 @@ def splits(target: Target, *, programs: int, steps: int, passing: float = 4) -> 
     """Parts that a weight gradient's reduction of so many steps is cut into, LEAST_STEPS each and more.
 
     Enough for a program on every multiprocessor, and then so many that the busiest one is done soonest, if a part costs
-    `passing` steps besides: its sum is written, and read again. A function of shape and device alone, so that sums are
-    added in the same order in every run.
+    `passing` steps besides: its sum is written, and read again. A function of shape, tile and device alone, so that
+    sums are added in the same order in every run.
     """
     if target.name == INTERPRETER:
         return 1

@@ -160,8 +160,8 @@ def tile(
 def _choose(key: Key, candidates: tuple[Tile, ...], run: Callable[[Tile], None], device: torch.device) -> Choice:
     file = _cache_file(key)
     found = None if file is None else _read(file).get(str(key))
-    if found is not None:
-        return _choice(key, found)
+    if found is not None and (kept := _choice(key, found)).tile in candidates:
+        return kept
     if _is_capturing(device):
         # Nothing can be timed here, and a later choice would change the bits within the process.
         return Choice(key=key, tile=candidates[0], origin="untimed: first met in a CUDA graph capture", trials=())
@@ -289,7 +289,9 @@ def _store(file: Path, choice: Choice) -> Choice:
             fcntl.flock(lock, fcntl.LOCK_EX)
             entries = _read(file)
             if str(choice.key) in entries:
-                return _choice(choice.key, entries[str(choice.key)])
+                first = _choice(choice.key, entries[str(choice.key)])
+                if first.tile in {trial.tile for trial in choice.trials}:
+                    return first
             entries[str(choice.key)] = {
                 "tile": asdict(choice.tile), "trials": [asdict(trial) for trial in choice.trials]
             }  # fmt: skip

@@ -90,7 +90,7 @@ def weight_grad_kernel(
         DOWN: tl.constexpr = PATCH_H * SH  # input rows from a patch to the one below
         ASIDE: tl.constexpr = PATCH_W * SW  # input columns to the next
         patches_h = (P + (PATCH_H - 1)) // PATCH_H
-        o_k = tl.arange(0, BLOCK_K)
+        o_k = tl.arange(0, BLOCK_K).to(INDEX)
         n = o_k // (PATCH_H * PATCH_W)  # [BK]
         p = o_k // PATCH_W % PATCH_H
         q = o_k % PATCH_W
@@ -124,10 +124,12 @@ def weight_grad_kernel(
             bit = tl.full((), 1, BITS) << (y * PATCHES_W + z)
 
         # From a patch to the next, from the last of a row of patches to the row below, and to the next image.
-        next_row_dy = PATCH_H * Q - (PATCHES_W - 1) * PATCH_W
-        next_row_x = DOWN * W - (PATCHES_W - 1) * ASIDE
-        next_image_dy = next_row_dy + (IMAGES * P - patches_h * PATCH_H) * Q
-        next_image_x = next_row_x + (IMAGES * H - patches_h * DOWN) * W
+        row_dy = tl.full((), Q, INDEX)
+        row_x = tl.full((), W, INDEX)
+        next_row_dy = row_dy * PATCH_H - (PATCHES_W - 1) * PATCH_W
+        next_row_x = row_x * DOWN - (PATCHES_W - 1) * ASIDE
+        next_image_dy = next_row_dy + row_dy * (IMAGES * P - patches_h * PATCH_H)
+        next_image_x = next_row_x + row_x * (IMAGES * H - patches_h * DOWN)
         for _ in range(tl.minimum(STEPS, TERMS - first)):
             if PH == 0 and PW == 0 and not RAGGED:
                 inside = tl.full((BLOCK_K, 1), True, tl.int1)
@@ -190,7 +192,7 @@ def weight_grad(
     g = geometry
     target = runtime.target_for(dy.device)
     dw = runtime.empty(g.w_shape, "weight gradient", dtype=dy.dtype, device=dy.device, memory_format=memory_format)
-    if dy.numel() == 0:
+    if dy.numel() == 0 or dw.numel() == 0:
         return dw.zero_()
     dy = runtime.channels_last(dy, "output gradient as channels-last")
     x = runtime.channels_last(x, "input as channels-last")

@@ -228,3 +228,20 @@ def test_compiled_kernels_divide_pixel_numbers_of_the_width_they_need(op, groups
 def test_indices_are_as_wide_as_their_extents_need():
     assert runtime.index_type(1, 2**31 - 1) == tl.int32
     assert runtime.index_type(1, 2**31) == tl.int64
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "stride"),
+    [
+        pytest.param((64, 1, 5888, 5888), (5888, 5888), id="many-images-a-patch"),
+        pytest.param((1, 1, 64_000, 40_000), (1_000, 40_000), id="one-patch-of-a-large-image"),
+    ],
+)
+def test_a_gpu_tiles_patch_spans_more_than_two_to_the_31_pixels(x_shape, stride, gpu_tiles):
+    geometry = ConvGeometry.of(x_shape, (16, 1, 1, 1), stride)
+    x, dy = untouched(*x_shape), half(*geometry.y_shape, seed=1)
+    pixels = x[:, :, :: stride[0], :: stride[1]]
+    pixels.copy_(half(*pixels.shape, seed=2))
+    gpu_tiles("sm_90")
+    dw = weight_grad(dy, x, geometry)
+    assert_near(dw, torch.einsum("nkpq,ncpq->kc", dy.double(), pixels.double())[..., None, None])

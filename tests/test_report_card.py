@@ -187,14 +187,6 @@ def test_rows_without_a_target_are_let_be(forward):
     assert targets.judge(tma) == []
 
 
-def test_a_row_is_let_off_one_check_alone(forward):
-    copied = dataclasses.replace(
-        forward, op="weight_grad", dtype="tf32", global_loads={4: 16}, spills=1, mix={"spill": 1}, programs=500
-    )
-    assert targets.judge(copied) == ["1 spill instructions"]
-    assert "loads" in report.let_off(copied)
-
-
 # The command
 
 

@@ -170,7 +170,7 @@ def test_a_pass_of_the_main_loop_multiplies_whole_tiles(arch, cores):
     """The multiply-adds counted are those of the tile, which no machine code says; a pass may be several steps."""
     (kernel, *_) = compile_ahead("forward", *SHAPES, padding=1, dtype=torch.float16, arch=arch)
     geometry = ConvGeometry.of(*SHAPES, (1, 1), (1, 1), (1, 1), 1)
-    tile = tiles.choose("forward", Target(arch, MULTIPROCESSORS[arch]), geometry, torch.float16, "ieee")
+    tile = tiles.candidates("forward", Target(arch, MULTIPROCESSORS[arch]), geometry, torch.float16, "ieee")[0]
     code = read(kernel.asm["cubin"])
     loop = code.main_loop
     steps, rest = divmod(loop.multiply_adds, tile.M * tile.N * tile.K // tile.num_warps)

@@ -11,7 +11,7 @@ import reference
 import torch
 from reference import TOLERANCE, native_conv2d, random, results
 
-from kernels import runtime, tiles
+from kernels import few_channels, runtime, tiles
 from kernels.forward import forward
 from kernels.geometry import ConvGeometry
 from kernels.input_grad import input_grad
@@ -78,7 +78,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marks = [pytest.mark.slow] if case in SLOW else []
         for op in ("forward", "input_grad", "weight_grad"):
             for dtype, precision in PRECISIONS:
-                for i, tile in enumerate(tiles.candidates(op, target, geometry, dtype, precision)):
+                product = few_channels.product_of(op, target, geometry)
+                for i, tile in enumerate(tiles.candidates(product[0], target, product[1], dtype, precision)):
                     name = f"{op}-{str(dtype).removeprefix('torch.')}-{precision}-{case}-{i}"
                     found.append(pytest.param(op, dtype, precision, case, tile, marks=marks, id=name))
     metafunc.parametrize(names, found)

@@ -38,11 +38,7 @@ class Case:
         )  # fmt: skip
 
     def candidates(self, target: runtime.Target) -> tuple[Tile, ...]:
-        op, geometry = self.op, self.geometry
-        if op == "input_grad" and tiles.packs_classes(target, geometry):
-            op, geometry = "forward", few_channels.geometry_of_classes(geometry)
-        elif op != "input_grad" and tiles.takes_windows(target, geometry):
-            geometry = few_channels.geometry_of_windows(geometry)
+        op, geometry = few_channels.product_of(self.op, target, self.geometry)
         return tiles.candidates(op, target, geometry, self.dtype, self.precision)
 
     def row(self) -> dict:

@@ -9,7 +9,8 @@
 multiply        multiply-adds executed, by the rate of the unit that the main loop uses (tensor cores or FMA units)
 issue           instructions that warps execute in their main loops, by 4 a cycle
 shared memory   bytes that those loops move to and from shared memory, tensor cores' operands among them, by 128 a cycle
-DRAM            compulsory bytes, by the bandwidth: caches that start cold and forget nothing
+DRAM            compulsory bytes, by the bandwidth: caches that start cold and forget nothing, results that are written
+                through (a small one may still lie in L2 when the launch ends)
 
 The first three are of the multiprocessor with the most to do: with P equal programs on S multiprocessors one of them
 gets ceil(P / S), whatever the order, so the time is ceil(P / S) * S / P of what an even spread would take ("wave
@@ -20,7 +21,8 @@ broadcasts are free, all caches work, clocks are the boost clock. Uncalibrated, 
 its way, not how long either takes. The roofline counts less still (useful products, any unit, an even spread), so a
 bound is never below it.
 
-Not counted: latency, L2 bandwidth, code outside the main loop, the gap between launches.
+Not counted: latency, L2 bandwidth, code outside the main loop, the gap between launches, and copies by PyTorch around
+them (transposed weights, the pixels of packed residue classes).
 """
 
 from collections.abc import Callable

@@ -1,9 +1,8 @@
 """What the best-known GPU of each generation can do at most, by its vendor's figures.
 
     gpu = GPUS["sm_80"]
-    gpu.rate("tensor", torch.float16)     # multiply-adds of one multiprocessor in one cycle
+    gpu.rate(TENSOR, torch.float16)       # multiply-adds of one multiprocessor in one cycle
     gpu.peak(torch.float16, "ieee")       # multiply-adds a second of the whole GPU, on its fastest unit
-    gpu.seconds(cycles, "tensor")
 
 Rates are of dense products with fp32 accumulators (fp64 for fp64). The consumer parts among them (RTX 3090, RTX 5090)
 multiply fp16 with fp32 accumulators at half the rate of fp16 accumulators, which no kernel here uses.

@@ -1,7 +1,7 @@
 """What the compiler made of a kernel: its machine code, the loop that does the work, and what fills that loop.
 
     code = read(compiled.asm["cubin"])
-    code.registers, code.spilled_bytes
+    code.registers, code.spills, code.stack_bytes
     code.main_loop.overhead              # other instructions for 1,000 warp multiply-adds
     code.main_loop.global_loads          # {bytes a thread loads at once: instructions}
 

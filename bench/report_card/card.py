@@ -137,7 +137,7 @@ class Row:
     roofline_seconds: float
     roofline_by: str
     others_launched: tuple[Other, ...]
-    """Launches beside the main one."""
+    """Triton's launches beside the main one; what PyTorch copies is not among them."""
 
     @property
     def roofline_share(self) -> float | None:

@@ -14,7 +14,7 @@ from bench.measure.bound import LABEL
 from bench.report_card import words
 from bench.report_card.calibration import Calibration
 from bench.report_card.card import Row
-from bench.report_card.targets import CHECKS, exception, judge
+from bench.report_card.targets import judge
 from train.cli import UserError
 
 FORMAT = "conv-lab report card 1"
@@ -88,15 +88,9 @@ def entry(row: Row, calibration: Calibration | None = None) -> dict[str, Any]:
                 "roofline_share": row.roofline_share,
                 "estimate_seconds": calibration.estimate(row) if calibration else None,
                 "misses": judge(row),
-                "let_off": let_off(row),
             }
         )
     )
-
-
-def let_off(row: Row) -> dict[str, str]:
-    """{check: reason} of the exceptions that stand for such a row."""
-    return {check: reason for check in CHECKS if (reason := exception(check, row))}
 
 
 def read_report(path: Path) -> dict[str, Any]:

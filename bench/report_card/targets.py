@@ -69,23 +69,13 @@ TARGETS = (
 
 CHECKS = ("spills", "fits", "tensor cores", "loads", "copies", "wave", "overhead")
 
-# (check, op, dtype, arch) -> why rows of it are let off; "*" is any.
-EXCEPTIONS: dict[tuple[str, str, str, str], str] = {}
-
-
 def judge(row: Row, checks: Collection[str] = CHECKS) -> list[str]:
     """What the row misses of its targets, each in a few words; nothing where it is good."""
-    return [words for check, words in _misses(row) if check in checks and exception(check, row) is None]
-
-
-def exception(check: str, row: Row) -> str | None:
-    """Why the row is let off a check, or None where it is not."""
-    kinds = ((check, op, dtype, arch) for op in (row.op, "*") for dtype in (row.dtype, "*") for arch in (row.arch, "*"))
-    return next((EXCEPTIONS[kind] for kind in kinds if kind in EXCEPTIONS), None)
+    return [words for check, words in _misses(row) if check in checks]
 
 
 def _misses(row: Row) -> Iterator[tuple[str, str]]:
-    """(check, words) of what the row misses, exceptions or no."""
+    """(check, words) of what the row misses."""
     if row.spills:
         where = "" if row.mix.get("spill") else ", outside the main loop"
         yield "spills", f"{row.spills} spill instructions{where}"
