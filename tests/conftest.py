@@ -188,6 +188,7 @@ def gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def use(arch: str) -> None:
         gpu = Target(arch, 8)
         candidates = tiles.candidates
+        getattr(candidates, "cache_clear", int)()  # tests look at what it looks up
         monkeypatch.setattr(tiles, "candidates", lambda op, _, *a: candidates(op, gpu, *a))
         for name in ("depthwise_tile", "splits", "takes_windows", "packs_classes"):
             pick = getattr(tiles, name)

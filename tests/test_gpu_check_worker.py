@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.backends import flags_frozen
 
 from bench.gpu_check import ahead, operations, parts, worker
 from bench.gpu_check.calibrate import calibrate
@@ -21,6 +22,12 @@ LAYER = Layer(
     name="conv3x3-24", x_shape=(2, 20, 9, 7), w_shape=(24, 20, 3, 3), stride=(2, 1), padding=(1, 1), dilation=(1, 1),
     groups=1,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _flags_may_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own test material, where the same process has imported it, forbids to set cuDNN's flags."""
+    monkeypatch.setitem(flags_frozen.__globals__, "__allow_nonbracketed_mutation_flag", True)
 
 
 def case(op: str = "forward", dtype: torch.dtype = torch.float32, precision: str = "ieee") -> Case:

@@ -178,7 +178,7 @@ def test_only_meta_tensors_under_planning_are_planned():
 
 def test_compilation_ahead_and_planning_do_not_meet():
     def compiled():
-        return runtime.compile_ahead("forward", (1, 4, 6, 6), (3, 4, 3, 3))
+        return runtime.compile_ahead("forward", (1, 32, 6, 6), (3, 32, 3, 3))
 
     shape = (2, 8, 9, 9)
     before = announced("meta", torch.channels_last, H100)

@@ -122,8 +122,8 @@ def precision_of(case: Case, *, benchmark: bool) -> Iterator[None]:
     """While open, cuDNN multiplies float32 as the case says; with `benchmark` it looks for its fastest algorithm."""
     conv, cudnn = torch.backends.cudnn.conv, torch.backends.cudnn
     before = conv.fp32_precision, cudnn.benchmark
-    conv.fp32_precision, cudnn.benchmark = case.precision, benchmark
     try:
+        conv.fp32_precision, cudnn.benchmark = case.precision, benchmark
         yield
     finally:
         conv.fp32_precision, cudnn.benchmark = before
