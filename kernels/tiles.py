@@ -6,7 +6,7 @@ whatever the block, so that few large blocks win.
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -258,7 +258,7 @@ def padded_channels(geometry: ConvGeometry) -> int:
     return max(4, power_of_two(geometry.Ci))
 
 
-@cache
+@lru_cache(maxsize=1024)  # of shapes; a launch must not wait for the ranking
 def candidates(
     op: str, target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str
 ) -> tuple[Tile, ...]:
