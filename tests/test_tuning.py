@@ -186,6 +186,21 @@ def test_a_broken_file_is_one_warning_then_ignored_and_replaced(on, content):
     assert len(json.loads(file.read_text())["choices"]) == 2
 
 
+@pytest.mark.parametrize("M", [7, 256, None, "64"])
+def test_a_kept_tile_that_is_no_candidate_is_not_taken_and_is_replaced(on, M):
+    on.tile()
+    told = json.loads(on.file().read_text())
+    (entry,) = told["choices"].values()
+    entry["tile"]["M"] = M
+    on.file().write_text(json.dumps(told))
+    on.next_process()
+    assert on.tile() == FASTEST
+    assert len(on.timed) == 3
+    on.next_process()
+    assert on.tile() == FASTEST
+    assert on.timed == []
+
+
 def test_a_folder_that_cannot_be_written_is_one_warning(on, tmp_path):
     (tmp_path / "conv-lab").write_text("a file where the folder would be")
     with pytest.warns(UserWarning, match="cannot write") as caught:
