@@ -190,6 +190,8 @@ def gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         candidates = tiles.candidates
         getattr(candidates, "cache_clear", int)()  # tests look at what it looks up
         monkeypatch.setattr(tiles, "candidates", lambda op, _, *a: candidates(op, gpu, *a))
+        transposes = tiles.transposes_weights
+        monkeypatch.setattr(tiles, "transposes_weights", lambda op, _, *a: transposes(op, gpu, *a))
         for name in ("depthwise_tile", "splits", "takes_windows", "packs_classes"):
             pick = getattr(tiles, name)
             monkeypatch.setattr(tiles, name, lambda _, *a, _pick=pick, **k: _pick(gpu, *a, **k))
