@@ -39,6 +39,16 @@ def test_the_ieee_tile_computes_the_same_when_interpreted(x_shape, w_shape, geom
     assert set(taken) == {tiles.IEEE_FP32_TILES, tiles.IEEE_WEIGHT_TILES}
 
 
+def test_the_input_gradient_reads_transposed_weights_in_tf32(gpu_tiles, monkeypatch):
+    gpu_tiles("sm_90")
+    monkeypatch.setattr(ops, "_precision", lambda dtype: "tf32")  # which the interpreter does not round to
+    copies = []
+    with runtime.on_allocate(lambda nbytes, what, tensor: copies.append(what)):
+        for x_shape, w_shape, geometry in (case.values for case in CASES):
+            assert_matches(conv2d, x_shape, w_shape, torch.float32, **geometry)
+    assert "transposed weight" in copies
+
+
 ADDRESS_CASES = [
     *CASES,
     pytest.param((1, 17, 3, 3), (5, 17, 3, 3), {"padding": 4, "dilation": 2}, id="almost-all-halo"),
