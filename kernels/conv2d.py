@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, relu_
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -26,6 +26,8 @@ def conv2d(
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    relu: bool = False,
 ) -> torch.Tensor:
     """`torch.nn.functional.conv2d` through the Triton kernels: compiled on CUDA, interpreted on the CPU.
 
@@ -34,18 +36,23 @@ def conv2d(
     the operands are cast as PyTorch casts its own convolution's. Differentiable to any order, in reverse and forward
     mode; `torch.func` and `torch.compile` see it as one operator.
 
+    With `relu` the result is relu(conv2d(...)), of the same operator. Besides what the convolution keeps for the
+    backward pass (input and weight), it keeps its result, which the next layer has anyway; what lies before the ReLU
+    is never written, nor is a masked gradient.
+
     Raises RuntimeError for shapes, dtypes, devices or geometry that do not fit together, naming them; TypeError for
     arguments of the wrong kind.
     """
     operands = (input, weight, bias)
     if has_torch_function(operands):
         return handle_torch_function(
-            conv2d, operands, input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
-        )
+            conv2d, operands, input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups,
+            relu=relu,
+        )  # fmt: skip
     input, weight, bias = autocast(operands) if isinstance(input, torch.Tensor) else operands
     _check(input, weight, bias)
     if input.dim() == 3:
-        return conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+        return conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, relu=relu).squeeze(0)
     check_dimensions(input.shape, weight.shape)
     stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
     if isinstance(padding, str):
@@ -61,7 +68,7 @@ def conv2d(
         raise RuntimeError(f"conv2d: {input.dtype} is not supported; supported: {', '.join(map(str, DTYPES))}")
     if geometry.Ci == 0:
         return _without_channels(input, weight, bias, geometry)
-    return convolution(input, weight, bias, stride, padding, dilation, geometry.groups)
+    return convolution(input, weight, bias, stride, padding, dilation, geometry.groups, relu)
 
 
 def _check(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -114,12 +121,46 @@ class Conv2d(nn.Conv2d):
     (N, Ci, H, W) or (Ci, H, W) -> (N, Co, P, Q) or (Co, P, Q); raises what `conv2d` raises.
     """
 
-    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, input: torch.Tensor, *, norm: nn.BatchNorm2d | None = None, relu: bool = False
+    ) -> torch.Tensor:
+        """The convolution, then `norm`, then ReLU, where they are asked for; see `fuse`.
+
+        A norm that uses its running statistics is folded into weight and bias:
+
+            norm(conv(x, w) + b) = conv(x, w*s) + (b - mean)*s + beta     s = gamma / sqrt(var + eps), a channel each
+
+        computed in float32 at least, and differentiable. One that takes the batch's needs the convolution's result, and
+        keeps it: there the three run one after the other.
+        """
+        if norm is None:
+            return self._convolve(input, self.weight, self.bias, relu)
+        if norm.training or norm.running_mean is None:
+            y = norm(self._convolve(input, self.weight, self.bias, False))
+            return relu_(y) if relu else y
+        return self._convolve(input, *_folded(self.weight, self.bias, norm), relu)
+
+    def _convolve(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, relu: bool
+    ) -> torch.Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, relu=relu)
+
+
+def _folded(
+    weight: torch.Tensor, bias: torch.Tensor | None, norm: nn.BatchNorm2d
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight (Co, Ci/groups, R, S) and bias (Co,) that do what `norm` does after them, in the weight's dtype."""
+    wide = torch.promote_types(torch.promote_types(weight.dtype, norm.running_var.dtype), torch.float32)
+    scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)  # (Co,)
+    if norm.weight is not None:
+        scale = norm.weight.to(wide) * scale
+    shift = -norm.running_mean.to(wide) if bias is None else bias.to(wide) - norm.running_mean
+    shift = shift * scale if norm.bias is None else torch.addcmul(norm.bias.to(wide), shift, scale)
+    return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
 
 class LazyConv2d(nn.LazyConv2d, Conv2d):

@@ -4,12 +4,14 @@
     dx[n,c,h,w]  = sum_{k of c} sum_{r,s} dy[n,k,p,q] * w[k,r,s]   over the (p, q) with h = p*SH+r*DH-PH, likewise w
     dw[k,r,s]    = sum_{n,p,q} dy[n,k,p,q] * x[n,k//MULTIPLIER,p*SH+r*DH-PH,q*SW+s*DW-PW]
 
+With RELU, y is max(that, 0). Where a ReLU follows, `mask` is its output, and dy counts as 0 where that is not positive.
+
 There is no channel to reduce over, so a matrix product would be nearly all padding: here a program holds a block of
 (pixels, channels) and multiplies element by element, channels side by side in memory. Accumulators are fp32 (fp64 for
 fp64), and no product is rounded to TF32.
 
-Memory: x [N, H, W, Ci], dy [N, P, Q, Co] and w [R, S, Co], dense, so that a tap's weights are loaded 16 bytes at once;
-results in any strides. Row offsets are int64.
+Memory: x [N, H, W, Ci], dy and mask [N, P, Q, Co] and w [R, S, Co], dense, so that a tap's weights are loaded 16 bytes
+at once; results in any strides. Row offsets are int64.
 """
 
 from math import gcd
@@ -28,7 +30,7 @@ def depthwise_forward_kernel(
     stride_yn, stride_yc, stride_yp, stride_yq,
     CI: tl.constexpr, MULTIPLIER: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RELU: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # ROWS = N*P*Q output pixels.
     CO: tl.constexpr = CI * MULTIPLIER
@@ -64,6 +66,8 @@ def depthwise_forward_kernel(
 
     if b_ptr is not None:
         acc += tl.load(b_ptr + channel).to(ACC)[None, :]
+    if RELU:
+        acc = tl.where(acc <= 0, 0.0, acc)
     o_y = n.to(tl.int64) * stride_yn + p.to(tl.int64) * stride_yp + q.to(tl.int64) * stride_yq
     p_y = y_ptr + o_y[:, None] + (channel.to(tl.int64) * stride_yc)[None, :]
     tl.store(p_y, acc.to(y_ptr.dtype.element_ty), (o_m < ROWS)[:, None] & (o_n < CO)[None, :])
@@ -71,7 +75,7 @@ def depthwise_forward_kernel(
 
 @runtime.kernel
 def depthwise_input_grad_kernel(
-    dy_ptr, w_ptr, dx_ptr,
+    dy_ptr, w_ptr, dx_ptr, mask_ptr,
     ROWS, H, W, P, Q,
     stride_xn, stride_xc, stride_xh, stride_xw,
     CI: tl.constexpr, MULTIPLIER: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
@@ -110,6 +114,8 @@ def depthwise_input_grad_kernel(
     channel = o_n if CI % BLOCK_N == 0 else tl.minimum(o_n, CI - 1)
     channel = channel.to(tl.int64) * MULTIPLIER  # its first output channel
     p_dy = dy_ptr + channel[None, :]  # [1, BN]
+    if mask_ptr is not None:
+        p_mask = mask_ptr + channel[None, :]
     p_w = w_ptr + channel[None, :]  # [1, BN]
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
@@ -124,7 +130,10 @@ def depthwise_input_grad_kernel(
         inside = met & (r < R) & (s < S) & (p >= 0) & (p < P) & (q >= 0) & (q < Q)  # [BM]
         # Halo addresses are kept inside the tensor, as everywhere: should the loop be pipelined, they are read.
         pixel = tl.where(inside, first_pixel - (t * (DH // COMMON_H) * Q + u * (DW // COMMON_W)), 0)
-        b_dy = tl.load(p_dy + (pixel.to(tl.int64)[:, None] * CO + k), inside[:, None], other=0.0)
+        o_dy = pixel.to(tl.int64)[:, None] * CO + k
+        b_dy = tl.load(p_dy + o_dy, inside[:, None], other=0.0)
+        if mask_ptr is not None:
+            b_dy = tl.where(tl.load(p_mask + o_dy, inside[:, None], other=0.0) <= 0, 0.0, b_dy)
         if STEP_R == 1 and STEP_S == 1:
             b_w = tl.load(p_w + (tl.full((), CO, tl.int64) * (t * S + u) + k))  # [1, BN]: one tap for all pixels
         else:
@@ -139,7 +148,7 @@ def depthwise_input_grad_kernel(
 
 @runtime.kernel
 def depthwise_weight_grad_kernel(
-    dy_ptr, x_ptr, dw_ptr,
+    dy_ptr, x_ptr, dw_ptr, mask_ptr,
     ROWS, STEPS, H, W, P, Q,
     stride_wz, stride_wk, stride_wr, stride_ws,
     CI: tl.constexpr, MULTIPLIER: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
@@ -158,6 +167,8 @@ def depthwise_weight_grad_kernel(
     o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     channel = o_n if CO % BLOCK_N == 0 else tl.minimum(o_n, CO - 1)
     p_dy = dy_ptr + channel[None, :]  # [1, BN]
+    if mask_ptr is not None:
+        p_mask = mask_ptr + channel[None, :]
     p_x = x_ptr + (channel // MULTIPLIER)[None, :]  # [1, BN]
 
     o_m = (split * STEPS).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
@@ -174,6 +185,9 @@ def depthwise_weight_grad_kernel(
         row = tl.where(inside, o_m, 0)
         b_x = tl.load(p_x + pixel.to(tl.int64)[:, None] * CI, inside[:, None], other=0.0)
         b_dy = tl.load(p_dy + row.to(tl.int64)[:, None] * CO, inside[:, None], other=0.0)
+        if mask_ptr is not None:
+            b_mask = tl.load(p_mask + row.to(tl.int64)[:, None] * CO, inside[:, None], other=0.0)
+            b_dy = tl.where(b_mask <= 0, 0.0, b_dy)
         acc += b_dy.to(ACC) * b_x.to(ACC)
         o_m += BLOCK_M
 
@@ -195,6 +209,8 @@ def forward(
     geometry: ConvGeometry,
     target: runtime.Target,
     y: torch.Tensor,
+    *,
+    relu: bool,
 ) -> None:
     """x (N, Ci, H, W) and w (Co, 1, R, S), channels-last, bias (Co,), dense, or None -> into y (N, Co, P, Q)."""
     g = geometry
@@ -207,16 +223,22 @@ def forward(
         x, _by_tap(w), bias, y,
         rows, g.H, g.W, g.P, g.Q, *y.stride(),
         CI=g.Ci, MULTIPLIER=g.Co // g.Ci, **g.constants,
-        INDEX=runtime.index_type(g.halo_pixels, rows + tile.M),
+        RELU=relu, INDEX=runtime.index_type(g.halo_pixels, rows + tile.M),
         ACC=runtime.accumulator(x.dtype), BLOCK_M=tile.M, BLOCK_N=tile.N,
         num_warps=tile.num_warps, num_stages=tile.num_stages, output=y,
     )  # fmt: skip
 
 
 def input_grad(
-    dy: torch.Tensor, w: torch.Tensor, geometry: ConvGeometry, target: runtime.Target, dx: torch.Tensor
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    geometry: ConvGeometry,
+    target: runtime.Target,
+    dx: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
 ) -> None:
-    """dy (N, Co, P, Q) and w (Co, 1, R, S), channels-last -> into dx (N, Ci, H, W)."""
+    """dy (N, Co, P, Q), w (Co, 1, R, S) and mask as dy or None, channels-last -> into dx (N, Ci, H, W)."""
     g = geometry
     rows = g.N * g.H * g.W
     tile = tiles.depthwise_tile(target, rows, g.Ci, dy.dtype)
@@ -225,7 +247,7 @@ def input_grad(
         depthwise_input_grad_kernel,
         target,
         (-(-rows // tile.M) * -(-g.Ci // tile.N), 1),
-        dy, _by_tap(w), dx,
+        dy, _by_tap(w), dx, mask,
         rows, g.H, g.W, g.P, g.Q, *dx.stride(),
         CI=g.Ci, MULTIPLIER=g.Co // g.Ci, **g.constants,
         COMMON_H=common_h, COMMON_W=common_w,
@@ -237,25 +259,31 @@ def input_grad(
 
 
 def weight_grad(
-    dy: torch.Tensor, x: torch.Tensor, geometry: ConvGeometry, target: runtime.Target, dw: torch.Tensor
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    geometry: ConvGeometry,
+    target: runtime.Target,
+    dw: torch.Tensor,
+    *,
+    mask: torch.Tensor | None,
 ) -> None:
-    """dy (N, Co, P, Q) and x (N, Ci, H, W), channels-last -> into dw (Co, 1, R, S); N > 0."""
+    """dy (N, Co, P, Q), x (N, Ci, H, W) and mask as dy or None, channels-last -> into dw (Co, 1, R, S); N > 0."""
     g = geometry
     rows = g.N * g.P * g.Q
     tile = tiles.depthwise_tile(target, rows, g.Co, dy.dtype)
     programs = -(-g.Co // tile.N) * g.R * g.S
     steps = -(-rows // tile.M)
     splits = tiles.splits(target, programs=programs, steps=steps)
-    partial, (stride_wz, stride_wk, _, stride_wr, stride_ws) = split_k.workspace(g, splits, dw)
+    partial, (stride_wz, stride_wk, _, stride_wr, stride_ws) = split_k.workspace(dw, splits)
     runtime.launch(
         depthwise_weight_grad_kernel,
         target,
         (programs, splits),
-        dy, x, partial,
+        dy, x, partial, mask,
         rows, -(-steps // splits), g.H, g.W, g.P, g.Q, stride_wz, stride_wk, stride_wr, stride_ws,
         CI=g.Ci, MULTIPLIER=g.Co // g.Ci, **g.constants,
         INDEX=runtime.index_type(g.halo_pixels, rows + splits * tile.M),
         ACC=runtime.accumulator(dy.dtype), BLOCK_M=tile.M, BLOCK_N=tile.N,
         num_warps=tile.num_warps, num_stages=tile.num_stages, output=partial,
     )  # fmt: skip
-    split_k.add_up(partial, dw, g, target)
+    split_k.add_up(partial, dw, target)

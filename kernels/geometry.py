@@ -1,7 +1,9 @@
-"""Sizes of a 2-D convolution, and every check of its arguments.
+"""Sizes of a 2-D convolution or pooling, and every check of their arguments.
 
     x (N, Ci, H, W)   w (Co, Ci/groups, R, S)   y (N, Co, P, Q)
     P = (H + 2*PH - DH*(R-1) - 1) // SH + 1,   Q likewise from W, PW, DW, S, SW
+
+A pooling slides a window of R x S places over each of C channels instead.
 
 Stride, padding and dilation are in pixels. Nothing here knows of a tensor's memory or of a kernel.
 """
@@ -12,29 +14,32 @@ from dataclasses import dataclass
 from math import prod
 
 
-def integer(value: int, name: str) -> int:
-    """Anything that counts as an int (NumPy's, a one-element tensor); raises TypeError naming what does not."""
+def integer(value: int, name: str, *, of: str = "conv2d") -> int:
+    """Anything that counts as an int (NumPy's, a one-element tensor).
+
+    Raises TypeError for what does not, naming the argument, and the function `of` which it is one.
+    """
     try:
         if not isinstance(value, bool):
             return operator.index(value)
     except TypeError:
         pass
-    raise TypeError(f"conv2d: {name} must be an int, got {value!r}")
+    raise TypeError(f"{of}: {name} must be an int, got {value!r}")
 
 
-def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    """An int, or a sequence of one or two ints, as (rows, columns).
+def pair(value: int | Sequence[int], name: str, *, of: str = "conv2d") -> tuple[int, int]:
+    """An int, or a sequence of one or two ints, as (rows, columns): an argument of the function `of`.
 
     Raises TypeError if it is neither and RuntimeError if it has another length, as PyTorch does.
     """
     if not isinstance(value, (list, tuple)):
-        return (integer(value, f"{name} (an int or a pair)"),) * 2
+        return (integer(value, f"{name} (an int or a pair)", of=of),) * 2
     if len(value) not in (1, 2):
         raise RuntimeError(
-            f"conv2d: expected {name} to be a single integer value or a list of 2 values to match the convolution "
-            f"dimensions, but got {name}={list(value)}"
+            f"{of}: expected {name} to be a single integer value or a list of 2 values to match the "
+            f"{'convolution ' if of == 'conv2d' else ''}dimensions, but got {name}={list(value)}"
         )
-    return integer(value[0], name), integer(value[-1], name)
+    return integer(value[0], name, of=of), integer(value[-1], name, of=of)
 
 
 def check_dimensions(x_shape: Sequence[int], w_shape: Sequence[int]) -> None:
@@ -227,3 +232,134 @@ class ConvGeometry:
     def multiply_adds(self) -> int:
         """Multiply-adds of the forward product, halo included: N*P*Q * Co * R*S*Ci/groups."""
         return prod(self.y_shape) * self.R * self.S * self.Ci_group
+
+
+def window(
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> tuple[tuple[int, int], ...]:
+    """The arguments of a pooling as pairs (rows, columns); a stride of None or () is the window's size.
+
+    Raises TypeError for what is no int or sequence of them, and RuntimeError for a sequence of another length.
+    """
+    if stride is None or (isinstance(stride, (list, tuple)) and not stride):
+        stride = kernel_size
+    named = dict(kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
+    return tuple(pair(value, name, of="max_pool2d") for name, value in named.items())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolGeometry:
+    """One pooling's sizes, in pixels; build it with `PoolGeometry.of`, which checks them."""
+
+    N: int
+    """Images in the batch."""
+    C: int
+    """Channels."""
+    H: int
+    """Input rows."""
+    W: int
+    """Input columns."""
+    R: int
+    """Window rows."""
+    S: int
+    """Window columns."""
+    SH: int
+    """Stride over rows."""
+    SW: int
+    """Stride over columns."""
+    PH: int
+    """Rows around the image that a window may reach into, and that never win."""
+    PW: int
+    """Columns likewise."""
+    DH: int
+    """Dilation of window rows."""
+    DW: int
+    """Dilation of window columns."""
+    P: int
+    """Output rows."""
+    Q: int
+    """Output columns."""
+
+    @classmethod
+    def of(
+        cls,
+        x_shape: Sequence[int],
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        ceil_mode: bool = False,
+    ) -> "PoolGeometry":
+        """The geometry of max_pool2d(x, ...) for x_shape (N, C, H, W); a stride that is left out is the window's size.
+
+        Raises RuntimeError naming the offending values where `torch.nn.functional.max_pool2d` would raise one, for
+        windows or padding of 2**30 pixels, and for a dilated window that misses the whole image, where PyTorch's
+        gradient is written outside its tensor. Raises TypeError for what is no int.
+        """
+        (R, S), (SH, SW), (PH, PW), (DH, DW) = window(kernel_size, stride, padding, dilation)
+        if len(x_shape) != 4 or 0 in x_shape[1:]:
+            raise RuntimeError(
+                "max_pool2d: Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for input, "
+                f"but got: {list(x_shape)}"
+            )
+        N, C, H, W = x_shape
+        for name, (rows, columns) in (("kernel size", (R, S)), ("stride", (SH, SW)), ("dilation", (DH, DW))):
+            if min(rows, columns) <= 0:
+                raise RuntimeError(f"max_pool2d: {name} should be greater than zero, but got {(rows, columns)}")
+        if min(PH, PW) < 0:
+            raise RuntimeError(f"max_pool2d: pad must be non-negative, but got {(PH, PW)}")
+        if PH > R // 2 or PW > S // 2:
+            raise RuntimeError(
+                f"max_pool2d: pad should be at most half of kernel size, but got pad={(PH, PW)} and "
+                f"kernel_size={(R, S)}"
+            )
+        if max(DH * (R - 1), DW * (S - 1), R * S) >= 2**30:
+            raise RuntimeError(f"max_pool2d: a window of {(R, S)} with dilation {(DH, DW)} spans 2**30 pixels or more")
+        # A stride beyond the padded image leaves one output pixel; capped, it fits a kernel's integers.
+        SH, SW = min(SH, H + 2 * PH), min(SW, W + 2 * PW)
+        P = _outputs(H, R, SH, PH, DH, ceil_mode)
+        Q = _outputs(W, S, SW, PW, DW, ceil_mode)
+        if P < 1 or Q < 1:
+            raise RuntimeError(
+                f"max_pool2d: Given input size: ({C}x{H}x{W}). Calculated output size: ({C}x{P}x{Q}). "
+                "Output size is too small"
+            )
+        if _misses(H, P, SH, PH, DH) or _misses(W, Q, SW, PW, DW):
+            raise RuntimeError(
+                f"max_pool2d: a window of {(R, S)} with padding {(PH, PW)} and dilation {(DH, DW)} holds no pixel of "
+                f"the input {list(x_shape)}"
+            )
+        return cls(N=N, C=C, H=H, W=W, R=R, S=S, SH=SH, SW=SW, PH=PH, PW=PW, DH=DH, DW=DW, P=P, Q=Q)
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W)"""
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, P, Q)"""
+        return self.N, self.C, self.P, self.Q
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What every kernel knows at compile time, by name."""
+        return dict(
+            C=self.C, R=self.R, S=self.S, SH=self.SH, SW=self.SW, PH=self.PH, PW=self.PW, DH=self.DH, DW=self.DW
+        )  # fmt: skip
+
+
+def _outputs(size: int, window: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """Windows along one axis. Under `ceil_mode` the last may end beyond the padding, but starts before that after x."""
+    room = size + 2 * padding - dilation * (window - 1) - 1
+    count = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
+    return count - 1 if ceil_mode and (count - 1) * stride >= size + padding else count
+
+
+def _misses(size: int, outputs: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether some window that begins before the image steps over all of it."""
+    before = range(min(outputs, -(-padding // stride))) if dilation > size else ()
+    return any((i * stride - padding) % dilation >= size for i in before)

@@ -6,10 +6,12 @@ r = r0 + t*SH/g with g = gcd(SH, DH), and tap t reads output row p = i + p0 - t*
 no tap meets writes zeros.
 
 Implicit GEMM of one class: M = its input pixels, N = Ci columns, K = its taps * Co terms, each group by itself; fp32
-accumulator (fp64 for fp64). Memory: dy [N, P, Q, Co], dense; w [Co, R, S, Ci/groups], or transposed within
-each group [Ci/groups, R, S, Co/groups]; dx in any strides. Row offsets are int64.
+accumulator (fp64 for fp64). Where a ReLU follows the convolution, `mask` is its output: dy counts as 0 where that is
+not positive, decided as dy is loaded. Memory: dy and mask [N, P, Q, Co], dense; w [Co, R, S, Ci/groups], or transposed
+within each group [Ci/groups, R, S, Co/groups]; dx in any strides. Row offsets are int64.
 """
 
+from functools import partial
 from math import gcd
 
 import torch
@@ -22,7 +24,7 @@ from kernels.geometry import ConvGeometry
 
 @runtime.kernel
 def input_grad_kernel(
-    dy_ptr, w_ptr, dx_ptr,
+    dy_ptr, w_ptr, dx_ptr, mask_ptr,
     N, ROWS, STEPS, H, W, P, Q,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_wk: tl.constexpr, stride_wt: tl.constexpr, stride_wc: tl.constexpr,
@@ -98,12 +100,16 @@ def input_grad_kernel(
     # A row's pointer is to the pixel under its first tap; a tap outside goes from there `back` to the nearest pixel of
     # dy (see forward.py, also for the loop).
     p_dy = dy_ptr + group * CO + first_pixel.to(tl.int64)[:, None] * PITCH  # [BM, 1]
+    if mask_ptr is not None:
+        p_mask = mask_ptr + group * CO + first_pixel.to(tl.int64)[:, None] * PITCH
     down = tl.minimum(tl.maximum(p, 0), P - 1) - p
     right = tl.minimum(tl.maximum(q, 0), Q - 1) - q
     back = ((down * Q + right).to(SPAN) * (PITCH // UNIT))[:, None]  # [BM, 1]
     if CO % BLOCK_K == 0:
         p_dy += o_k[None, :]
         p_w += o_k.to(WEIGHT_INDEX)[:, None] * stride_wk
+        if mask_ptr is not None:
+            p_mask += o_k[None, :]
     if BITS is not None:
         # The taps inside, as one integer a row: bit t*S+u.
         one = tl.full((BLOCK_M,), 1, BITS)
@@ -132,17 +138,24 @@ def input_grad_kernel(
         else:
             inside = ((t >= t_first) & (t < t_end) & (u >= u_first) & (u < u_end))[:, None]
         if CO % BLOCK_K == 0:
-            p_tap = p_dy + tl.where(inside, o_dy, back).to(tl.int64) * UNIT  # [BM, BK]
+            o_tap = tl.where(inside, o_dy, back).to(tl.int64) * UNIT  # [BM, 1]
+            p_tap = p_dy + o_tap  # [BM, BK]
             for part in tl.static_range(PARTS):
                 b_dy = tl.load(p_tap + part * BLOCK_K, inside, other=0.0)
+                if mask_ptr is not None:
+                    b_mask = tl.load(p_mask + o_tap + part * BLOCK_K, inside, other=0.0)
+                    b_dy = tl.where(b_mask <= 0, 0.0, b_dy)
                 b_w = tl.load(p_w + (o_w + part * PART_W) * UNIT_W)
                 acc = tl.dot(b_dy, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             # Lanes past the last channel go back to the first, inside the tensor, and are masked.
             in_group = c + o_k < CO
             lane = tl.where(in_group, o_k, -c)
-            p_tap = p_dy + tl.where(inside, o_dy, back + c).to(tl.int64)  # [BM, 1]
-            b_dy = tl.load(p_tap + lane[None, :], inside & in_group[None, :], other=0.0)
+            o_tap = tl.where(inside, o_dy, back + c).to(tl.int64)  # [BM, 1]
+            b_dy = tl.load(p_dy + o_tap + lane[None, :], inside & in_group[None, :], other=0.0)
+            if mask_ptr is not None:
+                b_mask = tl.load(p_mask + o_tap + lane[None, :], inside & in_group[None, :], other=0.0)
+                b_dy = tl.where(b_mask <= 0, 0.0, b_dy)
             p_lane = p_w + lane.to(WEIGHT_INDEX)[:, None] * stride_wk  # [BK, BN]
             b_w = tl.load(p_lane + o_w * UNIT_W, in_group[:, None], other=0.0)
             acc = tl.dot(b_dy, b_w, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -177,14 +190,15 @@ def input_grad(
     w: torch.Tensor,
     geometry: ConvGeometry,
     *,
+    mask: torch.Tensor | None = None,
     precision: str = "ieee",
     memory_format: torch.memory_format = torch.channels_last,
 ) -> torch.Tensor:
-    """dy (N, Co, P, Q), w (Co, Ci/groups, R, S) -> dx (N, Ci, H, W) in `memory_format`.
+    """dy (N, Co, P, Q), w (Co, Ci/groups, R, S), mask as dy or None -> dx (N, Ci, H, W) in `memory_format`.
 
-    Both of one floating dtype on one device. They are copied if they are not channels-last, and w where
-    `tiles.transposes_weights` says so. `precision` is "ieee" or
-    "tf32" and concerns float32 alone. A depthwise convolution is depthwise.py's.
+    All of one floating dtype on one device. They are copied if they are not channels-last, and w where
+    `tiles.transposes_weights` says so. `precision` is "ieee" or "tf32" and concerns float32 alone. A depthwise
+    convolution is depthwise.py's.
     """
     g = geometry
     target = runtime.target_for(dy.device)
@@ -192,9 +206,10 @@ def input_grad(
     if dx.numel() == 0:
         return dx
     dy = runtime.channels_last(dy, "output gradient as channels-last")
+    mask = mask if mask is None else runtime.channels_last(mask, "mask as channels-last")
     w = runtime.channels_last(w, "weight as channels-last")
     if g.depthwise:
-        depthwise.input_grad(dy, w, g, target, dx)
+        depthwise.input_grad(dy, w, g, target, dx, mask=mask)
         return dx
     if tiles.packs_classes(target, g):
         classes = few_channels.classes(w, g, target)
@@ -202,7 +217,7 @@ def input_grad(
         packed = runtime.empty(
             shape, "residue classes", dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
         )
-        product(dy, classes.filters, None, packed, classes.geometry, target, precision)
+        product(dy, classes.filters, None, packed, classes.geometry, target, precision, mask=mask)
         few_channels.unpack(packed, g, dx)
         return dx
     common_h, common_w = gcd(g.SH, g.DH), gcd(g.SW, g.DW)
@@ -217,7 +232,7 @@ def input_grad(
             input_grad_kernel,
             target,
             (-(-rows // tile.M) * -(-g.Ci_group // tile.N) * g.groups * classes_h * classes_w, 1),
-            dy, matrix, dx,
+            dy, matrix, dx, mask,
             g.N, rows, g.R * g.S * -(-g.Co_group // (tile.K * tile.parts)), g.H, g.W, g.P, g.Q, *dx.stride(),
             stride_wk=stride_wk, stride_wt=stride_wt, stride_wc=stride_wc,
             CI=g.Ci_group, CO=g.Co_group, **g.constants,
@@ -236,11 +251,16 @@ def input_grad(
             num_warps=tile.num_warps, num_stages=tile.num_stages, output=dx,
         )  # fmt: skip
 
-    run(tuning.tile("input_grad", target, g, dy, precision, run))
+    run(tuning.tile(tiles.masked("input_grad", mask), target, g, dy, precision, run))
     return dx
 
 
-@runtime.operation("input_grad")
-def _(geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> torch.Tensor:
+def _ahead(geometry: ConvGeometry, dtype: torch.dtype, precision: str, *, masked: bool) -> torch.Tensor:
     dy = runtime.meta_channels_last(geometry.y_shape, dtype)
-    return input_grad(dy, runtime.meta_channels_last(geometry.w_shape, dtype), geometry, precision=precision)
+    w = runtime.meta_channels_last(geometry.w_shape, dtype)
+    mask = runtime.meta_channels_last(geometry.y_shape, dtype) if masked else None
+    return input_grad(dy, w, geometry, mask=mask, precision=precision)
+
+
+runtime.operation("input_grad")(partial(_ahead, masked=False))
+runtime.operation("input_grad_masked")(partial(_ahead, masked=True))

@@ -10,10 +10,15 @@ or forward mode, comes from the same three kernels:
 
 Each is linear in both of its operands, which is all that forward mode needs: the tangent of f(a, b) is
 f(a', b) + f(a, b'). Batched by `vmap`, each is one convolution again: a batch B of one operand joins the images or the
-channels, a batch of both makes B times the groups.
+channels, a batch of both makes B times the groups. The bias has a fourth derivative, bias_grad(dy).
 
-Three raw operators, `torch.ops.conv_lab.{forward, input_grad, weight_grad}`, launch; three autograd functions route.
-All tensors of one call share dtype and device; geometry arguments are pairs (rows, columns), in pixels.
+A ReLU after the convolution is part of `forward`, and its output y is all that is kept for it. Where y is not positive
+no gradient passes: the three gradients get y as their mask and apply it while they load dy, so that no masked gradient
+is written. The mask is a constant of theirs: ReLU's second derivative is zero. Under `vmap`, in forward mode and in
+second derivatives PyTorch masks instead, and there a masked tensor is written.
+
+Four raw operators, `torch.ops.conv_lab.{forward, input_grad, weight_grad, bias_grad}`, launch; four autograd functions
+route. All tensors of one call share dtype and device; geometry arguments are pairs (rows, columns), in pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +28,8 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import runtime
+from kernels.batching import W, X, Y, as_one, scaled
+from kernels.bias_grad import bias_grad
 from kernels.forward import forward
 from kernels.geometry import ConvGeometry
 from kernels.input_grad import input_grad
@@ -62,13 +69,14 @@ def _launch_forward(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    relu: bool = False,
 ) -> torch.Tensor:
     geometry = ConvGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
     layout = _format(is_channels_last(x) or is_channels_last(w))
-    return forward(x, w, bias, geometry, precision=_precision(x.dtype), memory_format=layout)
+    return forward(x, w, bias, geometry, relu=relu, precision=_precision(x.dtype), memory_format=layout)
 
 
-def _forward_like(x, w, bias, stride, padding, dilation, groups):
+def _forward_like(x, w, bias, stride, padding, dilation, groups, relu=False):
     geometry = ConvGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
     return _like(x, geometry.y_shape, is_channels_last(x) or is_channels_last(w))
 
@@ -82,12 +90,14 @@ def _launch_input_grad(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     geometry = ConvGeometry.of(x_shape, w.shape, stride, padding, dilation, groups)
-    return input_grad(dy, w, geometry, precision=_precision(dy.dtype), memory_format=_format(channels_last))
+    layout = _format(channels_last)
+    return input_grad(dy, w, geometry, mask=mask, precision=_precision(dy.dtype), memory_format=layout)
 
 
-def _input_grad_like(dy, w, x_shape, stride, padding, dilation, groups, channels_last):
+def _input_grad_like(dy, w, x_shape, stride, padding, dilation, groups, channels_last, mask=None):
     return _like(dy, x_shape, channels_last)
 
 
@@ -100,13 +110,23 @@ def _launch_weight_grad(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     geometry = ConvGeometry.of(x.shape, w_shape, stride, padding, dilation, groups)
-    return weight_grad(dy, x, geometry, precision=_precision(dy.dtype), memory_format=_format(channels_last))
+    layout = _format(channels_last)
+    return weight_grad(dy, x, geometry, mask=mask, precision=_precision(dy.dtype), memory_format=layout)
 
 
-def _weight_grad_like(dy, x, w_shape, stride, padding, dilation, groups, channels_last):
+def _weight_grad_like(dy, x, w_shape, stride, padding, dilation, groups, channels_last, mask=None):
     return _like(dy, w_shape, channels_last)
+
+
+def _launch_bias_grad(dy: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    return bias_grad(dy, mask=mask)
+
+
+def _bias_grad_like(dy, mask=None):
+    return dy.new_empty(dy.shape[1])
 
 
 def _operator(name: str, launch: Callable, like: Callable) -> Callable:
@@ -123,148 +143,180 @@ def _operator(name: str, launch: Callable, like: Callable) -> Callable:
 forward_op = _operator("forward", _launch_forward, _forward_like)
 input_grad_op = _operator("input_grad", _launch_input_grad, _input_grad_like)
 weight_grad_op = _operator("weight_grad", _launch_weight_grad, _weight_grad_like)
-
-
-# What the axes of each tensor count, as far as convolutions can be put together along them.
-_X, _W, _Y = ("N", "Ci"), ("Co", "Ci"), ("N", "Co")
+bias_grad_op = _operator("bias_grad", _launch_bias_grad, _bias_grad_like)
 
 
 class Convolution(torch.autograd.Function):
-    """forward(x, w) + bias: x (N, Ci, H, W), w (Co, Ci/groups, R, S), bias (Co,) or None -> y (N, Co, P, Q)."""
+    """forward(x, w) + bias, or its ReLU: x (N, Ci, H, W), w (Co, Ci/groups, R, S), bias (Co,) or None -> y."""
 
     @staticmethod
-    def forward(x, w, bias, stride, padding, dilation, groups):
-        return forward_op(x, w, bias, stride, padding, dilation, groups)
+    def forward(x, w, bias, stride, padding, dilation, groups, relu=False):
+        return forward_op(x, w, bias, stride, padding, dilation, groups, relu)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
-        x, w, _bias, *ctx.geometry = inputs
-        _save(ctx, x, w)
+        x, w, _bias, *ctx.geometry, relu = inputs
+        _save(ctx, x, w, output if relu else None)
         ctx.channels_last = is_channels_last(x) or is_channels_last(w)
         ctx.x_shape, ctx.w_shape, ctx.y_shape = x.shape, w.shape, output.shape
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: torch.Tensor | None) -> tuple:
         if dy is None:
-            return (None,) * 7
-        x, w = ctx.saved_tensors
+            return (None,) * 8
+        x, w, mask = ctx.saved_tensors
         dx = dw = db = None
         if _asked_for(ctx, 0):
-            dx = InputGrad.apply(dy, w, ctx.x_shape, *ctx.geometry, ctx.channels_last)
+            dx = InputGrad.apply(dy, w, ctx.x_shape, *ctx.geometry, ctx.channels_last, mask)
         if _asked_for(ctx, 1):
-            dw = WeightGrad.apply(dy, x, ctx.w_shape, *ctx.geometry, ctx.channels_last)
+            dw = WeightGrad.apply(dy, x, ctx.w_shape, *ctx.geometry, ctx.channels_last, mask)
         if _asked_for(ctx, 2):
-            db = dy.sum((0, 2, 3))
-        return dx, dw, db, None, None, None, None
+            db = BiasGrad.apply(dy, mask)
+        return dx, dw, db, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: FunctionCtx, dx, dw, db, *_) -> torch.Tensor:
-        x, w = ctx.saved_tensors
+        x, w, mask = ctx.saved_tensors
         if dx is None and dw is None:
-            return db[:, None, None].expand(ctx.y_shape).clone()
-        return _sum(
-            None if dx is None else Convolution.apply(dx, w, db, *ctx.geometry),
-            None if dw is None else Convolution.apply(x, dw, db if dx is None else None, *ctx.geometry),
+            return _masked(db[:, None, None].expand(ctx.y_shape).clone(), mask)
+        tangent = _sum(
+            None if dx is None else Convolution.apply(dx, w, db, *ctx.geometry, False),
+            None if dw is None else Convolution.apply(x, dw, db if dx is None else None, *ctx.geometry, False),
         )
+        return _masked(tangent, mask)
 
     @staticmethod
-    def vmap(info, in_dims: tuple, x, w, bias, stride, padding, dilation, groups) -> tuple[torch.Tensor, int | None]:
+    def vmap(info, in_dims: tuple, x, w, bias, stride, padding, dilation, groups, relu) -> tuple:
         fused = bias if in_dims[1:3] == (None, None) else None
+        after = relu and fused is not bias
 
         def convolution(x, w, axis, groups):
-            return Convolution.apply(x, w, fused, stride, padding, dilation, groups)
+            return Convolution.apply(x, w, fused, stride, padding, dilation, groups, relu and not after)
 
-        y, batch = _as_one(convolution, info.batch_size, in_dims, (x, w), (_X, _W, _Y), groups)
+        y, batch = as_one(convolution, info.batch_size, in_dims, (x, w), (X, W, Y), groups)
         if bias is not fused:
             bias = bias[None] if in_dims[2] is None else bias.movedim(in_dims[2], 0)
             y, batch = (y[None] if batch is None else y) + bias[:, None, :, None, None], 0
-        return y, batch
+        return y.relu() if after else y, batch
 
 
 class InputGrad(torch.autograd.Function):
-    """input_grad(dy, w): dy (N, Co, P, Q), w (Co, Ci/groups, R, S) -> dx of shape `x_shape` (N, Ci, H, W)."""
+    """input_grad(dy, w): dy (N, Co, P, Q), w (Co, Ci/groups, R, S), mask as dy or None -> dx of shape `x_shape`."""
 
     @staticmethod
-    def forward(dy, w, x_shape, stride, padding, dilation, groups, channels_last):
-        return input_grad_op(dy, w, x_shape, stride, padding, dilation, groups, channels_last)
+    def forward(dy, w, x_shape, stride, padding, dilation, groups, channels_last, mask=None):
+        return input_grad_op(dy, w, x_shape, stride, padding, dilation, groups, channels_last, mask)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
-        dy, w, ctx.x_shape, *ctx.geometry, ctx.channels_last = inputs
-        _save(ctx, dy, w)
+        dy, w, ctx.x_shape, *ctx.geometry, ctx.channels_last, mask = inputs
+        _save(ctx, dy, w, mask)
         ctx.w_shape = w.shape
 
     @staticmethod
     def backward(ctx: FunctionCtx, ddx: torch.Tensor | None) -> tuple:
         if ddx is None:
-            return (None,) * 8
-        dy, w = ctx.saved_tensors
+            return (None,) * 9
+        dy, w, mask = ctx.saved_tensors
         ddy = dw = None
         if _asked_for(ctx, 0):
-            ddy = Convolution.apply(ddx, w, None, *ctx.geometry)
+            ddy = _masked(Convolution.apply(ddx, w, None, *ctx.geometry, False), mask)
         if _asked_for(ctx, 1):
-            dw = WeightGrad.apply(dy, ddx, ctx.w_shape, *ctx.geometry, ctx.channels_last)
-        return ddy, dw, None, None, None, None, None, None
+            dw = WeightGrad.apply(dy, ddx, ctx.w_shape, *ctx.geometry, ctx.channels_last, mask)
+        return ddy, dw, None, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: FunctionCtx, ddy, dw, *_) -> torch.Tensor:
-        dy, w = ctx.saved_tensors
-        rest = ctx.x_shape, *ctx.geometry, ctx.channels_last
+        dy, w, mask = ctx.saved_tensors
+        rest = ctx.x_shape, *ctx.geometry, ctx.channels_last, mask
         return _sum(
             None if ddy is None else InputGrad.apply(ddy, w, *rest),
             None if dw is None else InputGrad.apply(dy, dw, *rest),
         )
 
     @staticmethod
-    def vmap(info, in_dims: tuple, dy, w, x_shape, stride, padding, dilation, groups, channels_last) -> tuple:
+    def vmap(info, in_dims: tuple, dy, w, x_shape, stride, padding, dilation, groups, channels_last, mask) -> tuple:
         def convolution(dy, w, axis, groups):
-            shape = _scaled(x_shape, axis, info.batch_size)
-            return InputGrad.apply(dy, w, shape, stride, padding, dilation, groups, channels_last)
+            shape = scaled(x_shape, axis, info.batch_size)
+            return InputGrad.apply(dy, w, shape, stride, padding, dilation, groups, channels_last, None)
 
-        return _as_one(convolution, info.batch_size, in_dims, (dy, w), (_Y, _W, _X), groups)
+        dy, in_dims = _masked_batch(dy, mask, in_dims)
+        return as_one(convolution, info.batch_size, in_dims, (dy, w), (Y, W, X), groups)
 
 
 class WeightGrad(torch.autograd.Function):
-    """weight_grad(dy, x): dy (N, Co, P, Q), x (N, Ci, H, W) -> dw of shape `w_shape` (Co, Ci/groups, R, S)."""
+    """weight_grad(dy, x): dy (N, Co, P, Q), x (N, Ci, H, W), mask as dy or None -> dw of shape `w_shape`."""
 
     @staticmethod
-    def forward(dy, x, w_shape, stride, padding, dilation, groups, channels_last):
-        return weight_grad_op(dy, x, w_shape, stride, padding, dilation, groups, channels_last)
+    def forward(dy, x, w_shape, stride, padding, dilation, groups, channels_last, mask=None):
+        return weight_grad_op(dy, x, w_shape, stride, padding, dilation, groups, channels_last, mask)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
-        dy, x, ctx.w_shape, *ctx.geometry, ctx.channels_last = inputs
-        _save(ctx, dy, x)
+        dy, x, ctx.w_shape, *ctx.geometry, ctx.channels_last, mask = inputs
+        _save(ctx, dy, x, mask)
         ctx.x_shape = x.shape
 
     @staticmethod
     def backward(ctx: FunctionCtx, ddw: torch.Tensor | None) -> tuple:
         if ddw is None:
-            return (None,) * 8
-        dy, x = ctx.saved_tensors
+            return (None,) * 9
+        dy, x, mask = ctx.saved_tensors
         ddy = dx = None
         if _asked_for(ctx, 0):
-            ddy = Convolution.apply(x, ddw, None, *ctx.geometry)
+            ddy = _masked(Convolution.apply(x, ddw, None, *ctx.geometry, False), mask)
         if _asked_for(ctx, 1):
-            dx = InputGrad.apply(dy, ddw, ctx.x_shape, *ctx.geometry, ctx.channels_last)
-        return ddy, dx, None, None, None, None, None, None
+            dx = InputGrad.apply(dy, ddw, ctx.x_shape, *ctx.geometry, ctx.channels_last, mask)
+        return ddy, dx, None, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: FunctionCtx, ddy, dx, *_) -> torch.Tensor:
-        dy, x = ctx.saved_tensors
-        rest = ctx.w_shape, *ctx.geometry, ctx.channels_last
+        dy, x, mask = ctx.saved_tensors
+        rest = ctx.w_shape, *ctx.geometry, ctx.channels_last, mask
         return _sum(
             None if ddy is None else WeightGrad.apply(ddy, x, *rest),
             None if dx is None else WeightGrad.apply(dy, dx, *rest),
         )
 
     @staticmethod
-    def vmap(info, in_dims: tuple, dy, x, w_shape, stride, padding, dilation, groups, channels_last) -> tuple:
+    def vmap(info, in_dims: tuple, dy, x, w_shape, stride, padding, dilation, groups, channels_last, mask) -> tuple:
         def convolution(dy, x, axis, groups):
-            shape = _scaled(w_shape, axis, info.batch_size)
-            return WeightGrad.apply(dy, x, shape, stride, padding, dilation, groups, channels_last)
+            shape = scaled(w_shape, axis, info.batch_size)
+            return WeightGrad.apply(dy, x, shape, stride, padding, dilation, groups, channels_last, None)
 
-        return _as_one(convolution, info.batch_size, in_dims, (dy, x), (_Y, _X, _W), groups)
+        dy, in_dims = _masked_batch(dy, mask, in_dims)
+        return as_one(convolution, info.batch_size, in_dims, (dy, x), (Y, X, W), groups)
+
+
+class BiasGrad(torch.autograd.Function):
+    """bias_grad(dy): dy (N, Co, P, Q), mask as dy or None -> db (Co,)."""
+
+    @staticmethod
+    def forward(dy, mask=None):
+        return bias_grad_op(dy, mask)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+        dy, mask = inputs
+        ctx.save_for_backward(mask)
+        ctx.save_for_forward(mask)
+        ctx.y_shape = dy.shape
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, ddb: torch.Tensor) -> tuple:
+        (mask,) = ctx.saved_tensors
+        return _masked(ddb[:, None, None].expand(ctx.y_shape), mask), None
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, ddy: torch.Tensor, *_) -> torch.Tensor:
+        (mask,) = ctx.saved_tensors
+        return BiasGrad.apply(ddy, mask)
+
+    @staticmethod
+    def vmap(info, in_dims: tuple, dy, mask) -> tuple:
+        dy, (axis, _) = _masked_batch(dy, mask, in_dims)
+        dy = dy.movedim(axis, 1)  # (N, B, Co, P, Q)
+        return BiasGrad.apply(dy.flatten(1, 2), None).unflatten(0, (info.batch_size, -1)), 0
 
 
 @torch.compiler.allow_in_graph
@@ -276,22 +328,40 @@ def convolution(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    relu: bool,
 ) -> torch.Tensor:
-    """x (N, Ci, H, W), w (Co, Ci/groups, R, S), bias (Co,) or None -> y (N, Co, P, Q), differentiable.
+    """x (N, Ci, H, W), w (Co, Ci/groups, R, S), bias (Co,) or None -> y (N, Co, P, Q), or relu(y), differentiable.
 
     `torch.compile` takes this call into its graph as it is: it cannot trace an autograd function that has a `jvp`.
     """
-    return Convolution.apply(x, w, bias, stride, padding, dilation, groups)
+    return Convolution.apply(x, w, bias, stride, padding, dilation, groups, relu)
 
 
-def _save(ctx: FunctionCtx, a: torch.Tensor, b: torch.Tensor) -> None:
+def _save(ctx: FunctionCtx, a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor | None) -> None:
     """Keeps the two operands for differentiation: for the backward pass, each only if the other's gradient needs it.
 
     So a layer with frozen weights keeps no input.
     """
-    ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
-    ctx.save_for_forward(a, b)
+    ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None, mask)
+    ctx.save_for_forward(a, b, mask)
     ctx.set_materialize_grads(False)  # an operand without a tangent then costs no convolution of zeros
+
+
+def _masked(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The tensor where the mask, if any, is positive or NaN, else 0: what passes a ReLU whose output is the mask."""
+    return tensor if mask is None else torch.where(mask <= 0, 0, tensor)
+
+
+def _masked_batch(dy: torch.Tensor, mask: torch.Tensor | None, in_dims: tuple) -> tuple[torch.Tensor, tuple]:
+    """dy, masked, and `in_dims` of the operands, of which dy's is the first and the mask's the last."""
+    axis, *others, mask_axis = in_dims
+    if mask is None:
+        return dy, in_dims
+    if axis is not None:
+        dy = dy.movedim(axis, 0)
+    if mask_axis is not None:
+        mask = mask.movedim(mask_axis, 0)
+    return _masked(dy, mask), (None if axis is mask_axis is None else 0, *others, None)
 
 
 def _asked_for(ctx: FunctionCtx, index: int) -> bool:
@@ -315,62 +385,11 @@ def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     return a + b
 
 
-def _as_one(convolution: Callable, B: int, in_dims: tuple, operands: tuple, axes: tuple, groups: int) -> tuple:
-    """A vmapped batch of B convolutions as one: (its result, the axis of the batch in it).
-
-    operands  two tensors, whose batches `in_dims` tells
-    axes      what the axes of the operands and of the result count: of _X, _W, _Y
-    convolution(a, b, axis, groups)  computes the result of operands without a batch, longer by B along `axis`
-
-    A batch of one operand is spread along what that operand shares with the result alone: images or channels. A batch
-    of both makes B times the groups.
-    """
-    dims = in_dims[:2]
-    batched = [dim is not None for dim in dims]
-    if not any(batched):
-        return convolution(*operands, None, groups), None
-    *operand_axes, result_axes = axes
-    if all(batched):
-        shared = "Co" if result_axes is not _X else "Ci"
-        along = ["Co" if "Co" in names else "Ci" for names in operand_axes]
-        inner = 1  # the groups of one convolution stay together
-    else:
-        (shared,) = set(operand_axes[batched.index(True)]) & set(result_axes)
-        along = [shared, shared]
-        inner = groups
-    spread = [
-        _join(operand.movedim(dim, 0), names.index(name), _parts(names, name, inner)) if dim is not None else operand
-        for operand, dim, names, name in zip(operands, dims, operand_axes, along, strict=True)
-    ]
-    axis = result_axes.index(shared)
-    result = convolution(*spread, axis, groups * B if all(batched) else groups)
-    return _part(result, axis, _parts(result_axes, shared, inner), B), 0
-
-
-def _parts(names: tuple, name: str, groups: int) -> int:
-    """How many parts an axis consists of, each of which takes the whole batch: w holds the inputs of one group."""
-    return 1 if name == "N" or (names is _W and name == "Ci") else groups
-
-
-def _join(tensor: torch.Tensor, axis: int, parts: int) -> torch.Tensor:
-    """(B, ..., parts*C, ...) -> (..., parts*B*C, ...), at `axis` of the result."""
-    return tensor.unflatten(axis + 1, (parts, -1)).movedim(0, axis + 1).flatten(axis, axis + 2)
-
-
-def _part(tensor: torch.Tensor, axis: int, parts: int, B: int) -> torch.Tensor:
-    """(..., parts*B*C, ...) -> (B, ..., parts*C, ...): what `_join` did, undone."""
-    return tensor.unflatten(axis, (parts, B, -1)).movedim(axis + 1, 0).flatten(axis + 1, axis + 2)
-
-
-def _scaled(shape: Sequence[int], axis: int | None, B: int) -> list[int]:
-    """The shape, B times as long along `axis`."""
-    return [size * B if i == axis else size for i, size in enumerate(shape)]
-
-
 # The raw operators differentiate too, for programs in which nothing else is left: exported and traced ones.
 forward_op.register_autograd(Convolution.backward, setup_context=Convolution.setup_context)
 input_grad_op.register_autograd(InputGrad.backward, setup_context=InputGrad.setup_context)
 weight_grad_op.register_autograd(WeightGrad.backward, setup_context=WeightGrad.setup_context)
+bias_grad_op.register_autograd(BiasGrad.backward, setup_context=BiasGrad.setup_context)
 
 
 # What FlopCounterMode reports, as for PyTorch's own: two operations a multiply-add, halo included.
@@ -378,7 +397,7 @@ weight_grad_op.register_autograd(WeightGrad.backward, setup_context=WeightGrad.s
 
 @register_flop_formula(torch.ops.conv_lab.forward)
 def _(x_shape, w_shape, bias, *geometry, out_shape=None, **_) -> int:
-    return 2 * ConvGeometry.of(x_shape, w_shape, *geometry).multiply_adds
+    return 2 * ConvGeometry.of(x_shape, w_shape, *geometry[:4]).multiply_adds
 
 
 @register_flop_formula(torch.ops.conv_lab.input_grad)

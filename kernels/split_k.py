@@ -1,15 +1,14 @@
 """Split-K: a reduction shared by several programs, added up by a second pass in a fixed order, without atomics.
 
-The weight gradients reduce over all N*P*Q output pixels and produce little. Each of `splits` parts of the pixels leaves
-its sum in a workspace [splits, Co, R, S, Ci/groups] of the accumulator's type; the second pass adds the parts up, first
-to last, so that the result has the same bits in every run.
+The gradients of weights and bias reduce over all N*P*Q output pixels and produce little. Each of `splits` parts of the
+pixels leaves its sum in a workspace [splits, Co, R, S, Ci/groups] of the accumulator's type; the second pass adds the
+parts up, first to last, so that the result has the same bits in every run.
 """
 
 import torch
 import triton.language as tl
 
 from kernels import runtime
-from kernels.geometry import ConvGeometry
 
 
 @runtime.kernel
@@ -35,26 +34,27 @@ def sum_splits_kernel(
     tl.store(p_dw, total.to(dw_ptr.dtype.element_ty), mask)
 
 
-def workspace(geometry: ConvGeometry, splits: int, dw: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+def workspace(dw: torch.Tensor, splits: int) -> tuple[torch.Tensor, tuple[int, ...]]:
     """Where the parts go, and its strides over (split, Co, Ci, R, S): dw itself (Co, Ci/groups, R, S) for one part."""
-    g = geometry
     if splits == 1:
         return dw, (0, *dw.stride())
     wide = torch.float64 if dw.dtype == torch.float64 else torch.float32
-    partial = runtime.empty((splits, g.Co, g.R, g.S, g.Ci_group), "split-K workspace", dtype=wide, device=dw.device)
+    CO, CI, R, S = dw.shape
+    partial = runtime.empty((splits, CO, R, S, CI), "split-K workspace", dtype=wide, device=dw.device)
     stride_wz, stride_wk, stride_wr, stride_ws, stride_wc = partial.stride()
     return partial, (stride_wz, stride_wk, stride_wc, stride_wr, stride_ws)
 
 
-def add_up(partial: torch.Tensor, dw: torch.Tensor, geometry: ConvGeometry, target: runtime.Target) -> None:
+def add_up(partial: torch.Tensor, dw: torch.Tensor, target: runtime.Target) -> None:
     """The sum over the workspace's first axis -> into dw (Co, Ci/groups, R, S), unless dw itself is the workspace."""
     if partial is dw:
         return
+    _, CI, R, S = dw.shape
     block = 256  # more, and the 64-bit divisions of a thread do not fit its registers
     runtime.launch(
         sum_splits_kernel,
         target,
         (-(-dw.numel() // block), 1),
-        partial, dw, partial.shape[0], geometry.Ci_group, geometry.R, geometry.S, dw.numel(), *dw.stride(),
+        partial, dw, partial.shape[0], CI, R, S, dw.numel(), *dw.stride(),
         ACC=runtime.accumulator(dw.dtype), BLOCK=block, num_warps=4, num_stages=1, output=dw,
     )  # fmt: skip

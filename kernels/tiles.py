@@ -206,6 +206,25 @@ IEEE_WEIGHT_TILES = (
     Tile(M=64, N=32, K=32, num_warps=4, num_stages=3),
 )
 
+# What spills where a mask is loaded beside the operand that it masks, and what takes its place: (operation, generations
+# from, and up to, tile) -> tile.
+MASKED = {
+    ("input_grad", 86, 90, Tile(M=128, N=64, K=32, num_warps=4, num_stages=3)):
+        Tile(M=128, N=64, K=16, parts=2, num_warps=8, num_stages=3),
+    ("input_grad", 120, 130, Tile(M=128, N=64, K=32, num_warps=4, num_stages=3)):
+        Tile(M=128, N=64, K=16, parts=2, num_warps=8, num_stages=3),
+    ("input_grad", 80, 130, Tile(M=64, N=32, K=32, num_warps=2, num_stages=2)):
+        Tile(M=64, N=32, K=16, num_warps=2, num_stages=2),
+    ("input_grad", 80, 130, Tile(M=64, N=64, K=16, num_warps=8, num_stages=2)):
+        Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
+    ("input_grad", 100, 120, Tile(M=256, N=16, K=16, num_warps=4, num_stages=2)):
+        Tile(M=256, N=16, K=16, num_warps=8, num_stages=2),
+    ("weight_grad", 80, 90, Tile(M=128, N=64, K=16, num_warps=4, num_stages=2)):
+        Tile(M=64, N=64, K=16, num_warps=2, num_stages=3),
+}  # fmt: skip
+
+MASK = "_masked"
+
 # What ranks tiles for a grid, in units of one multiply-add of a block. They only rank.
 LOADING = 32  # a step loads M + N elements for each M * N products: this many products' worth for each
 ALONE = 0.5  # blocks' worth of time that a multiprocessor waits, for memory, however many blocks it holds
@@ -262,9 +281,29 @@ def padded_channels(geometry: ConvGeometry) -> int:
 def candidates(
     op: str, target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str
 ) -> tuple[Tile, ...]:
-    """Tiles that may serve "forward", "input_grad" or "weight_grad", the best guess first; one for the interpreter."""
+    """Tiles that may serve an operation, the best guess first; one for the interpreter.
+
+    op is "forward", "input_grad" or "weight_grad", with `masked(op)` of them where a mask is loaded beside an operand.
+    """
+    op, is_masked, _ = op.partition(MASK)
     rule = {"forward": _forward_tiles, "input_grad": _input_grad_tiles, "weight_grad": _weight_grad_tiles}[op]
-    return tuple(dict.fromkeys(rule(target, geometry, dtype, precision)))
+    found = rule(target, geometry, dtype, precision)
+    return tuple(dict.fromkeys(_beside_a_mask(op, target, tile) if is_masked else tile for tile in found))
+
+
+def masked(op: str, mask: torch.Tensor | None) -> str:
+    """The name of the operation with this mask."""
+    return op if mask is None else op + MASK
+
+
+def _beside_a_mask(op: str, target: Target, tile: Tile) -> Tile:
+    if target.name == INTERPRETER or target.name.startswith("gfx"):
+        return tile
+    generation = _generation(target)
+    for (name, first, end, spilling), other in MASKED.items():
+        if name == op and first <= generation < end and spilling == tile:
+            return other
+    return tile
 
 
 def _forward_tiles(target: Target, geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> list[Tile]:

@@ -3,8 +3,11 @@
 Implicit GEMM: M = Co rows, N = R*S*Ci columns, K = N*P*Q terms, each group by itself; fp32 accumulator (fp64 for
 fp64). The reduction is long and the result small, so it is split over programs: see split_k.py.
 
-Memory: dy [N, P, Q, Co] and x [N, H, W, Ci], dense; dw in any strides. Row offsets are int64.
+Where a ReLU follows the convolution, `mask` is its output: dy counts as 0 where that is not positive, decided as dy is
+loaded. Memory: dy and mask [N, P, Q, Co] and x [N, H, W, Ci], dense; dw in any strides. Row offsets are int64.
 """
+
+from functools import partial
 
 import torch
 import triton.language as tl
@@ -15,7 +18,7 @@ from kernels.geometry import ConvGeometry
 
 @runtime.kernel
 def weight_grad_kernel(
-    dy_ptr, x_ptr, dw_ptr,
+    dy_ptr, x_ptr, dw_ptr, mask_ptr,
     N, TERMS, STEPS, H, W, P, Q,
     stride_wz, stride_wk, stride_wc, stride_wr, stride_ws,
     CI: tl.constexpr, CO: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
@@ -55,6 +58,8 @@ def weight_grad_kernel(
     co = o_co if CO % BLOCK_M == 0 else tl.minimum(o_co, CO - 1)
     ci = c if CI % BLOCK_N == 0 or FLAT else tl.minimum(c, CI - 1)
     p_dy = dy_ptr + (group * CO + co)[:, None]  # [BM, 1]
+    if mask_ptr is not None:
+        p_mask = mask_ptr + (group * CO + co)[:, None]
     p_x = x_ptr + (group * CI + ci)[None, :]  # [1, BN]
 
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
@@ -80,6 +85,9 @@ def weight_grad_kernel(
             b_x = tl.load(p_x + tl.where(inside, first[:, None] + o_tap[None, :], 0), inside, other=0.0)
             pixel = tl.where(in_images, o_k, 0).to(tl.int64)
             b_dy = tl.load(p_dy + pixel[None, :] * PITCH_DY, in_images[None, :], other=0.0)  # [BM, BK]
+            if mask_ptr is not None:
+                b_mask = tl.load(p_mask + pixel[None, :] * PITCH_DY, in_images[None, :], other=0.0)
+                b_dy = tl.where(b_mask <= 0, 0.0, b_dy)
             acc = tl.dot(b_dy, b_x, acc, input_precision=PRECISION, out_dtype=ACC)
             o_k += BLOCK_K
     else:
@@ -150,9 +158,12 @@ def weight_grad_kernel(
                 in_dy = ((y < y_end) & (z < z_end))[None, :]
             if IMAGES > 1:
                 in_dy &= (n < N - image)[None, :]
-            p_patch = p_dy + o_dy.to(tl.int64) * PITCH_DY
+            o_patch = o_dy.to(tl.int64) * PITCH_DY
             pixel = tl.where(in_dy, lane_dy[None, :], 0).to(tl.int64)
-            b_dy = tl.load(p_patch + pixel * PITCH_DY, in_dy, other=0.0)  # [BM, BK]
+            b_dy = tl.load(p_dy + o_patch + pixel * PITCH_DY, in_dy, other=0.0)  # [BM, BK]
+            if mask_ptr is not None:
+                b_mask = tl.load(p_mask + o_patch + pixel * PITCH_DY, in_dy, other=0.0)
+                b_dy = tl.where(b_mask <= 0, 0.0, b_dy)
             acc = tl.dot(b_dy, b_x, acc, input_precision=PRECISION, out_dtype=ACC)
             z += 1
             last_in_row = z == PATCHES_W
@@ -180,12 +191,13 @@ def weight_grad(
     x: torch.Tensor,
     geometry: ConvGeometry,
     *,
+    mask: torch.Tensor | None = None,
     precision: str = "ieee",
     memory_format: torch.memory_format = torch.channels_last,
 ) -> torch.Tensor:
-    """dy (N, Co, P, Q), x (N, Ci, H, W) -> dw (Co, Ci/groups, R, S) in `memory_format`.
+    """dy (N, Co, P, Q), x (N, Ci, H, W), mask as dy or None -> dw (Co, Ci/groups, R, S) in `memory_format`.
 
-    Both of one floating dtype on one device. They are copied if they are not channels-last; on a GPU a workspace of
+    All of one floating dtype on one device. They are copied if they are not channels-last; on a GPU a workspace of
     splits * dw elements in the accumulator's type is taken besides. `precision` is "ieee" or "tf32" and concerns
     float32 alone. A depthwise convolution is depthwise.py's.
     """
@@ -195,23 +207,25 @@ def weight_grad(
     if dy.numel() == 0 or dw.numel() == 0:
         return dw.zero_()
     dy = runtime.channels_last(dy, "output gradient as channels-last")
+    mask = mask if mask is None else runtime.channels_last(mask, "mask as channels-last")
     x = runtime.channels_last(x, "input as channels-last")
     if g.depthwise:
-        depthwise.weight_grad(dy, x, g, target, dw)
+        depthwise.weight_grad(dy, x, g, target, dw, mask=mask)
         return dw
     if tiles.takes_windows(target, g):
         windows = few_channels.windows(x, g, target)
         rows = few_channels.empty_filter_rows(dw, windows)
-        _launch(dy, windows.z, windows.geometry, target, precision, rows, row=windows.row, pixel=windows.pixel)
+        _launch(dy, windows.z, mask, windows.geometry, target, precision, rows, row=windows.row, pixel=windows.pixel)
         few_channels.of_filter_rows(rows, g, windows, dw)
     else:
-        _launch(dy, x, g, target, precision, dw, row=g.W, pixel=g.Ci)
+        _launch(dy, x, mask, g, target, precision, dw, row=g.W, pixel=g.Ci)
     return dw
 
 
 def _launch(
     dy: torch.Tensor,
     x: torch.Tensor,
+    mask: torch.Tensor | None,
     geometry: ConvGeometry,
     target: runtime.Target,
     precision: str,
@@ -238,12 +252,12 @@ def _launch(
             bits = runtime.index_type(2**patches) if patches <= tiles.MOST_BITS else None
             terms = steps = -(-g.N // (tile.K // (patch_h * patch_w))) * patches
         splits = tiles.splits(target, programs=programs * g.groups, steps=steps, passing=tiles.passing(tile, dy.dtype))
-        partial, strides = split_k.workspace(g, splits, dw)
+        partial, strides = split_k.workspace(dw, splits)
         runtime.launch(
             weight_grad_kernel,
             target,
             (programs * g.groups, splits),
-            dy, x, partial,
+            dy, x, partial, mask,
             g.N, terms, -(-steps // splits), g.H, row, g.P, g.Q, *strides,
             CI=g.Ci_group, CO=g.Co_group, **g.constants,
             GROUPS=g.groups, PITCH=pixel, TILES_N=tiles_n,
@@ -254,12 +268,17 @@ def _launch(
             BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K,
             num_warps=tile.num_warps, num_stages=tile.num_stages, output=partial,
         )  # fmt: skip
-        split_k.add_up(partial, dw, g, target)
+        split_k.add_up(partial, dw, target)
 
-    run(tuning.tile("weight_grad", target, g, dy, precision, run))
+    run(tuning.tile(tiles.masked("weight_grad", mask), target, g, dy, precision, run))
 
 
-@runtime.operation("weight_grad")
-def _(geometry: ConvGeometry, dtype: torch.dtype, precision: str) -> torch.Tensor:
+def _ahead(geometry: ConvGeometry, dtype: torch.dtype, precision: str, *, masked: bool) -> torch.Tensor:
     dy = runtime.meta_channels_last(geometry.y_shape, dtype)
-    return weight_grad(dy, runtime.meta_channels_last(geometry.x_shape, dtype), geometry, precision=precision)
+    x = runtime.meta_channels_last(geometry.x_shape, dtype)
+    mask = runtime.meta_channels_last(geometry.y_shape, dtype) if masked else None
+    return weight_grad(dy, x, geometry, mask=mask, precision=precision)
+
+
+runtime.operation("weight_grad")(partial(_ahead, masked=False))
+runtime.operation("weight_grad_masked")(partial(_ahead, masked=True))
