@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kernels import Conv2d
+import kernels
 from kernels.unfold import UnfoldConv2d
 from models import resnet18
 from models.customnet import CustomNet
@@ -25,20 +25,24 @@ MODELS: dict[str, type[nn.Module]] = {
 CONVOLUTIONS: dict[str, type[nn.Conv2d]] = {
     "torch": nn.Conv2d,
     "unfold": UnfoldConv2d,
-    "triton": Conv2d,
+    "triton": kernels.Conv2d,
 }
 
 # How often a model halves its images: one pixel must be left of them.
 HALVINGS = {"simplenet": 3, "customnet": 3, "resnet18": 5}
 
 
-def build(name: str, conv: str = "triton", num_classes: int = 100, image_size: int = 128) -> nn.Module:
+def build(
+    name: str, conv: str = "triton", num_classes: int = 100, image_size: int = 128, fuse: bool | None = None
+) -> nn.Module:
     """A freshly initialised model; the same seed gives the same parameters whatever the convolution.
 
     name        one of MODELS
     conv        one of CONVOLUTIONS
     image_size  side of the square input in pixels: SimpleNet and CustomNet take any from 8 up, ResNet18 from 32 up,
                 SimpleViT multiples of 8, of which it makes its patch
+    fuse        whether ReLU, max-pool and batch norm join the triton convolution (`kernels.fuse`); None is yes. It
+                means nothing for the others
 
     Weights of convolutions lie in `memory_format(conv)`. Raises ValueError for an unknown name or convolution, or a
     size that does not fit.
@@ -59,7 +63,7 @@ def build(name: str, conv: str = "triton", num_classes: int = 100, image_size: i
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # not the whole model: SimpleViT's positions have four dimensions too
             module.to(memory_format=memory_format(conv))
-    return model
+    return kernels.fuse(model) if conv == "triton" and fuse is not False else model
 
 
 def load_pretrained(model: nn.Module, name: str, weights: str | Path) -> None:

@@ -20,7 +20,7 @@ The write-up gives no widths for the skip blocks and the hidden layer and contra
 
 from torch import Tensor, nn
 
-from models.simplenet import bottleneck
+from models.simplenet import GlobalAverage, bottleneck
 
 
 class CustomNet(nn.Module):
@@ -32,7 +32,7 @@ class CustomNet(nn.Module):
         self.block2 = nn.Sequential(nn.MaxPool2d(3, 2, 1), *bottleneck(conv, 64, 64, 256), nn.BatchNorm2d(256))
         self.skips = nn.Sequential(*(SkipBlock(conv, 256, 32) for _ in range(4)))
         self.block3 = nn.Sequential(nn.MaxPool2d(3, 2, 1), *bottleneck(conv, 256, 128, 512))
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.pool = GlobalAverage()
         self.head = nn.Sequential(
             nn.Linear(512, 256), nn.ReLU(inplace=True), nn.BatchNorm1d(256), nn.Linear(256, num_classes)
         )

@@ -9,6 +9,7 @@ Every convolution has a bias and is followed by ReLU. 365,028 parameters at 100 
 """
 
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 
 class SimpleNet(nn.Module):
@@ -19,12 +20,26 @@ class SimpleNet(nn.Module):
         self.block1 = nn.Sequential(conv(3, 64, 7, stride=2, padding=3), nn.ReLU(inplace=True))
         self.block2 = nn.Sequential(nn.MaxPool2d(3, 2, 1), *bottleneck(conv, 64, 64, 256))
         self.block3 = nn.Sequential(nn.MaxPool2d(3, 2, 1), *bottleneck(conv, 256, 128, 512))
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.pool = GlobalAverage()
         self.head = nn.Linear(512, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block3(self.block2(self.block1(x)))  # (N, 512, S/8, S/8)
         return self.head(self.pool(x).flatten(1))
+
+
+class GlobalAverage(nn.AdaptiveAvgPool2d):
+    """x (N, C, H, W) -> (N, C, 1, 1), the average over all pixels.
+
+    AdaptiveAvgPool2d(1)'s gradient is contiguous whatever the layout of x, and a channels-last network then copies it:
+    SimpleNet's training step would hold its largest gradient twice. This one's has the layout of x.
+    """
+
+    def __init__(self):
+        super().__init__(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return avg_pool2d(x, x.shape[2:])
 
 
 def bottleneck(conv: type[nn.Conv2d], in_channels: int, width: int, out_channels: int) -> list[nn.Module]:

@@ -88,8 +88,9 @@ def load_model(path: Path, *, conv: str | None = None, device: torch.device) -> 
     try:
         settings = saved["settings"]
         model = models.build(
-            settings["model"], conv or settings["conv"], len(saved["classes"]), settings["image_size"]
-        )
+            settings["model"], conv or settings["conv"], len(saved["classes"]), settings["image_size"],
+            fuse=settings.get("fuse"),
+        )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     except ValueError as error:

@@ -63,7 +63,9 @@ class Trainer:
         self.steps_per_epoch = self.feeder.steps_per_epoch
 
         torch.manual_seed(settings.seed)
-        self.model = models.build(settings.model, settings.conv, len(train.classes), settings.image_size)
+        self.model = models.build(
+            settings.model, settings.conv, len(train.classes), settings.image_size, fuse=settings.fuse
+        )
         initialise(self.model, settings.init)
         if saved is None:
             for turn in (True, False):  # rank 0 first: what it downloads the others find

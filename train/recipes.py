@@ -72,6 +72,8 @@ class Settings:
     """Automatic mixed precision; fp16 with a scaled loss."""
     channels_last: bool = True
     """Channels-last tensors for PyTorch's convolution; ours always has them, the unfolding one never."""
+    fuse: bool = True
+    """Let ReLU, max-pool and batch norm join the triton convolution; it means nothing for the others."""
     compile: bool = False
     """Train through torch.compile."""
 

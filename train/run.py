@@ -86,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cache", type=path, metavar="DIR", help="where decoded images are kept (default: ~/.cache/conv-lab)")
     add("--device", choices=["auto", "cpu", "cuda"], help="where to train (default: auto, the GPU if there is one)")
     add("--amp", choices=list(AMP_DTYPES), help="automatic mixed precision (default: off)")
+    add("--fuse", action=on_off, help="with --conv triton: ReLU, max-pool and norm join the kernels (default: yes)")
     add("--compile", action=on_off, help="train through torch.compile (default: no)")
     add("--channels-last", action=on_off, help="the layout for --conv torch (default: yes)")
     add("--weights", type=weights, metavar="FILE|imagenet|none",

@@ -74,7 +74,7 @@ class Subject:
         """The same weights through another convolution. RuntimeError where it cannot run on the device."""
         settings = replace(self.settings, conv=conv)
         backend_of(conv, self.device)
-        model = models.build(settings.model, conv, len(self.data.classes), settings.image_size)
+        model = models.build(settings.model, conv, len(self.data.classes), settings.image_size, fuse=settings.fuse)
         model.load_state_dict(self.model.state_dict())
         model = model.to(self.device, memory_format=layout(settings)).eval()
         return replace(self, settings=settings, model=model)

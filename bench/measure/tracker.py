@@ -26,6 +26,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -127,11 +128,26 @@ class _Modules:
         self.owners: dict[int, str] = {}
 
     def attach(self, model: nn.Module, stack: contextlib.ExitStack) -> None:
-        for name, module in model.named_modules():
-            begun = module.register_forward_pre_hook(lambda _module, _args, name=name: self._begin(name), prepend=True)
-            ended = module.register_forward_hook(lambda *_: self._end(), always_call=True)
-            stack.callback(begun.remove)
-            stack.callback(ended.remove)
+        """By hooks on whatever module runs: one of a module's own would make a fused model run unfused.
+
+        A module that has hooks already gets its own, since what they make is the module's too: they run after all that
+        are on every module.
+        """
+        names = {module: name for name, module in model.named_modules()}
+        hooked = [module for module in names if module._forward_hooks]
+
+        def begin(module: nn.Module, _args: tuple) -> None:
+            if module in names:
+                self._begin(names[module])
+
+        def end(module: nn.Module, *_: object) -> None:
+            if module in names and module not in hooked:
+                self._end()
+
+        stack.callback(register_module_forward_pre_hook(begin).remove)
+        stack.callback(register_module_forward_hook(end, always_call=True).remove)
+        for module in hooked:
+            stack.callback(module.register_forward_hook(lambda *_: self._end(), always_call=True).remove)
 
     def current(self) -> str:
         if self.running:

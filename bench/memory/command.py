@@ -18,7 +18,7 @@ from bench.memory.figure import draw
 from bench.memory.history import history
 from bench.memory.live import follow
 from bench.memory.report import Result, make_report
-from bench.memory.step import NUM_CLASSES, STEPS, Step, rehearse
+from bench.memory.step import CONVOLUTIONS, NUM_CLASSES, STEPS, Step, rehearse
 from train import writeup
 from train.cli import Parser, UserError, number, path, run_command
 from train.files import atomic_write, write_json
@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     whole, kinds = number(int, above=0), ", ".join(GPUS)
     add("model", choices=[*models.MODELS, ALL], help="whose training step")
-    add("--conv", nargs="+", choices=list(models.CONVOLUTIONS), help="convolutions (default: all)")
+    add("--conv", nargs="+", choices=CONVOLUTIONS, help="convolutions (default: all)")
     add("--batch-size", type=whole, default=writeup.BATCH_SIZE, metavar="N", help="images a step (256)")
     add("--image-size", type=number(int, least=8), default=writeup.IMAGE_SIZE, metavar="N", help="side in pixels (128)")
     add("--amp", choices=list(AMP_DTYPES), default="off", help="automatic mixed precision (off)")
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 def command(arguments: argparse.Namespace) -> None:
     check(arguments)
     names = list(models.MODELS) if arguments.model == ALL else [arguments.model]
-    convolutions = dict.fromkeys(arguments.conv or models.CONVOLUTIONS)
+    convolutions = dict.fromkeys(arguments.conv or CONVOLUTIONS)
     steps = [
         Step(
             model=name, conv=conv, batch_size=arguments.batch_size, image_size=arguments.image_size, amp=arguments.amp
@@ -115,7 +115,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.gpu and arguments.fits and arguments.gpu != arguments.fits:
         raise UserError(f"--fits {arguments.fits} predicts for that GPU; leave out --gpu {arguments.gpu}")
     for flag in ("live", "snapshot"):
-        if getattr(arguments, flag) and len(set(arguments.conv or models.CONVOLUTIONS)) > 1:
+        if getattr(arguments, flag) and len(set(arguments.conv or CONVOLUTIONS)) > 1:
             raise UserError(f"--{flag} is of one convolution; name it, as in --conv torch")
     for flag in ("live", "snapshot", "timeline"):
         if getattr(arguments, flag) and arguments.model == ALL:

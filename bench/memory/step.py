@@ -21,6 +21,9 @@ from train.recipes import make_recipe
 
 FORWARD, BACKWARD, OPTIMIZER_STEP = "forward", "backward", "optimizer step"
 NUM_CLASSES = 100
+UNFUSED = "-unfused"
+"""Behind "triton": its convolution alone, with PyTorch's ReLU, max-pool and batch norm."""
+CONVOLUTIONS = (*models.CONVOLUTIONS, f"triton{UNFUSED}")
 STEPS = 3
 """After so many memory is steady: the optimiser's state comes with the first, the allocator settles in the second."""
 
@@ -32,7 +35,7 @@ class Step:
     model: str
     """One of models.MODELS."""
     conv: str
-    """One of models.CONVOLUTIONS."""
+    """One of CONVOLUTIONS."""
     batch_size: int
     """Images a step."""
     image_size: int
@@ -63,9 +66,11 @@ class Training:
         self.role, self.amp = role, AMP_DTYPES[step.amp]
         self.listeners = [tracker.mark] if tracker is not None else []
         self.listeners += [on_phase] if on_phase is not None else []
-        layout = models.memory_format(step.conv)
+        conv = step.conv.removesuffix(UNFUSED)
+        layout = models.memory_format(conv)
         with self.device:
-            self.model = models.build(step.model, step.conv, NUM_CLASSES, step.image_size).to(memory_format=layout)
+            model = models.build(step.model, conv, NUM_CLASSES, step.image_size, fuse=conv == step.conv)
+            self.model = model.to(memory_format=layout)
             self.x = torch.rand(step.batch_size, 3, step.image_size, step.image_size).contiguous(memory_format=layout)
             self.y = torch.zeros(step.batch_size, dtype=torch.long)
         settings = make_recipe("writeup", step.model, "any", weights="none")
