@@ -29,10 +29,11 @@ def bias_grad_kernel(
     acc = tl.full((BLOCK_M, BLOCK_N), 0, ACC)
     for _ in range(STEPS):
         inside = (o_m < ROWS)[:, None] & in_channels  # [BM, BN]
-        o_dy = o_m[:, None] * CO + o_n[None, :]
-        b_dy = tl.load(dy_ptr + o_dy, inside, other=0.0)
+        o_row = (o_m * CO)[:, None]
+        b_dy = tl.load(dy_ptr + o_row + o_n[None, :], inside, other=0.0)
         if mask_ptr is not None:
-            b_dy = tl.where(tl.load(mask_ptr + o_dy, inside, other=0.0) <= 0, 0.0, b_dy)
+            b_mask = tl.load(mask_ptr + o_row + o_n[None, :], inside, other=0.0)
+            b_dy = tl.where(b_mask <= 0, 0.0, b_dy)
         acc += b_dy.to(ACC)
         o_m += BLOCK_M
     # `tl.sum` is a jitted helper, which a kernel that is also interpreted cannot call; this is what it calls.

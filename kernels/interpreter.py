@@ -1,18 +1,21 @@
 """A kernel executed by Triton's interpreter, on CPU tensors.
 
-Executed as Triton does, but for three things: loads and stores are NumPy's gather and scatter, on the tensors
-themselves instead of copies, and bfloat16 is computed in float32 and rounded at the end.
+Executed as Triton does, but for three things: loads and stores are NumPy's, on the tensors themselves instead of
+copies, row by row where a row's elements lie side by side; a block that repeats one value, or one row, is not written
+out; and bfloat16 is computed in float32 and rounded at the end.
 """
 
 from dataclasses import replace
 from functools import cache
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
 from threadpoolctl import ThreadpoolController
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction, TensorHandle
+
+from kernels.addresses import Addresses, compact, separable, span, windows
 
 
 class _InPlace(GridExecutor):
@@ -47,6 +50,8 @@ def interpret(
         builder.options = replace(builder.options, sanitize_overflow=False)
         # Triton's own pair copies one element at a time, which was half of a training step's time.
         builder.create_masked_load, builder.create_masked_store = _load, _store
+        builder.create_load, builder.create_store = _load_all, _store_all
+        builder.create_addptr, builder.create_broadcast, builder.create_splat = _add, _broadcast, _splat
         try:
             executor = _InPlace(kernel.rewrite(), kernel.arg_names, grid)
             executor(*wide, **constants)
@@ -57,11 +62,42 @@ def interpret(
         output.copy_(next(copy for arg, copy in zip(args, wide, strict=True) if arg is output))
 
 
+def _add(pointers: TensorHandle, offsets: TensorHandle) -> TensorHandle:
+    """Pointers to elements so many further on."""
+    itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    in_bytes = compact(offsets.data).astype(np.uint64) * np.uint64(itemsize)
+    in_bytes = np.broadcast_to(in_bytes, offsets.data.shape)
+    return TensorHandle(Addresses.of(pointers.data).plus(in_bytes), pointers.dtype)
+
+
+def _broadcast(argument: TensorHandle, shape: tuple[int, ...]) -> TensorHandle:
+    if isinstance(argument.data, Addresses):
+        return TensorHandle(argument.data.broadcast(shape), argument.dtype.scalar)
+    return TensorHandle(np.broadcast_to(argument.data, shape), argument.dtype.scalar)
+
+
+def _splat(type_: tl.block_type, argument: TensorHandle) -> TensorHandle:
+    """A block of one value."""
+    return _broadcast(TensorHandle(np.asarray(argument.data).reshape(-1)[:1], argument.dtype), type_.shape)
+
+
+def _load_all(pointers: TensorHandle, *_: object) -> TensorHandle:
+    return _load(pointers, TensorHandle(np.broadcast_to(True, pointers.data.shape), tl.int1), None)
+
+
+def _store_all(pointers: TensorHandle, value: TensorHandle, *_: object) -> None:
+    _store(pointers, value, TensorHandle(np.broadcast_to(True, pointers.data.shape), tl.int1))
+
+
 def _load(pointers: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *_: object) -> TensorHandle:
-    """A block's elements, gathered by NumPy; masked ones are never read, and are `other`, or 0."""
+    """A block's elements; masked ones are never read, and are `other`, or 0."""
     element = pointers.get_element_ty()
     dtype = triton_interpreter._get_np_dtype(element)
-    addresses, valid = pointers.data, mask.data.astype(bool, copy=False)
+    valid = mask.data.astype(bool, copy=False)
+    rows = _load_runs(pointers.data, valid, other, dtype)
+    if rows is not None:
+        return TensorHandle(rows, element)
+    addresses = np.asarray(pointers.data)
     filler = np.zeros((), dtype) if other is None else other.data
     if valid.all():
         return TensorHandle(_gather(addresses, dtype), element)
@@ -72,13 +108,50 @@ def _load(pointers: TensorHandle, mask: TensorHandle, other: TensorHandle | None
 
 
 def _store(pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *_: object) -> None:
-    """Scatters a block's unmasked elements, by NumPy."""
-    addresses, values, valid = pointers.data, value.data, mask.data.astype(bool, copy=False)
+    """Writes a block's unmasked elements."""
+    values, valid = value.data, mask.data.astype(bool, copy=False)
+    if _store_runs(pointers.data, values, valid):
+        return
+    addresses = np.asarray(pointers.data)
     if not valid.all():
         addresses, values = addresses[valid], np.broadcast_to(values, valid.shape)[valid]
     if addresses.size:
         memory, places = _memory(addresses, values.dtype)
         memory[places] = values
+
+
+def _load_runs(
+    addresses: Addresses | np.ndarray, valid: np.ndarray, other: TensorHandle | None, dtype: np.dtype
+) -> np.ndarray | None:
+    """A block whose rows, or columns, are runs of memory; None for any other."""
+    runs = addresses.runs(dtype.itemsize) if isinstance(addresses, Addresses) else None
+    passing = separable(valid, runs[0]) if runs else None
+    filler = np.zeros(1, dtype) if other is None else compact(other.data)
+    if passing is None or filler.size > 1:
+        return None
+    axis, starts = runs
+    across, length = passing
+    memory, places = windows(starts[across], length, dtype)
+    if length == addresses.shape[axis] and across.all():
+        rows = memory[places]
+    else:
+        rows = np.full((len(starts), addresses.shape[axis]), filler.item(), dtype)
+        rows[across, :length] = memory[places]
+    return rows if axis == 1 else rows.T
+
+
+def _store_runs(addresses: Addresses | np.ndarray, values: np.ndarray, valid: np.ndarray) -> bool:
+    """Writes a block whose rows, or columns, are runs of memory; False if it is not of that kind."""
+    runs = addresses.runs(values.dtype.itemsize) if isinstance(addresses, Addresses) else None
+    passing = separable(valid, runs[0]) if runs else None
+    if passing is None:
+        return False
+    axis, starts = runs
+    across, length = passing
+    memory, places = windows(starts[across], length, values.dtype)
+    values = np.broadcast_to(values, addresses.shape)
+    memory[places] = (values if axis == 1 else values.T)[across, :length]
+    return True
 
 
 def _gather(addresses: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -89,12 +162,8 @@ def _gather(addresses: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _memory(addresses: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """The memory from the lowest to the highest address as one array, and each address's place in it."""
     first, last = int(addresses.min()), int(addresses.max())
-    count = (last - first) // dtype.itemsize + 1
-    span = SimpleNamespace(
-        __array_interface__={"version": 3, "typestr": dtype.str, "shape": (count,), "data": (first, False)}
-    )
     places = (addresses - np.uint64(first)).view(np.int64) >> (dtype.itemsize.bit_length() - 1)
-    return np.asarray(span), places
+    return span(first, last, dtype), places
 
 
 @cache

@@ -174,7 +174,8 @@ def addresses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     load = interpreter._load
 
     def record(pointers, *arguments):
-        seen.append((int(pointers.data.min()), int(pointers.data.max())))
+        addresses = np.asarray(pointers.data)
+        seen.append((int(addresses.min()), int(addresses.max())))
         return load(pointers, *arguments)
 
     monkeypatch.setattr(interpreter, "_load", record)

@@ -26,7 +26,7 @@ from bench.measure.work import (
     work_of,
     zero_insertion_multiply_adds,
 )
-from bench.report_card.card import DTYPES, OPERATIONS, held_by
+from bench.report_card.card import DTYPES, FUSED, OPERATIONS, held_by
 from kernels import runtime, tiles
 from kernels.forward import forward
 from kernels.geometry import ConvGeometry
@@ -116,9 +116,10 @@ def test_useful_products_and_used_operands_are_those_of_a_convolution_of_ones(g)
     assert operand_bytes("forward", g, torch.float16) == {"x": 2 * used_x, "w": 2 * used_w, "bias": 2 * g.Co}
     assert operand_bytes("input_grad", g, torch.float64) == {"y": 8 * used_y, "w": 8 * used_w}
     assert operand_bytes("weight_grad", g, torch.float32) == {"x": 4 * used_x, "y": 4 * used_y}
+    assert operand_bytes("input_grad_masked", g, FP16) == operand_bytes("input_grad", g, FP16) | {"mask": 2 * used_y}
 
 
-@given(GEOMETRIES, st.sampled_from(OPERATIONS), TILES, st.integers(1, 9))
+@given(GEOMETRIES, st.sampled_from((*OPERATIONS, *FUSED)), TILES, st.integers(1, 9))
 @settings(max_examples=150, deadline=None)
 def test_blocks_hold_at_least_the_useful_products_and_ask_for_at_least_the_compulsory_bytes(g, op, tile, splits):
     works = works_of(op, g, tile, splits)
@@ -132,7 +133,8 @@ def test_blocks_hold_at_least_the_useful_products_and_ask_for_at_least_the_compu
 
 
 @given(
-    GEOMETRIES, st.sampled_from(OPERATIONS), st.sampled_from(list(DTYPES)), st.sampled_from(list(GPUS)), TILES,
+    GEOMETRIES, st.sampled_from((*OPERATIONS, *FUSED)), st.sampled_from(list(DTYPES)), st.sampled_from(list(GPUS)),
+    TILES,
     st.sampled_from([1, 4, 8]), st.integers(1, 9), st.none() | st.integers(1, 400),
     st.sampled_from([
         ("LDS.128", "FFMA", "FFMA", "IADD3"), ("LDSM.16.M88.4", "HMMA.16816.F32", "LDGSTS.E.BYPASS.128"),
@@ -145,7 +147,7 @@ def test_no_bound_is_below_the_roofline(g, op, name, arch, tile, warps, splits, 
     dtype, precision = DTYPES[name]
     gpu = GPUS[arch]
     launches = launches_of(op, g, tile, splits, dtype=dtype, arch=arch, multiprocessors=gpu.multiprocessors)
-    if programs and op != "weight_grad":  # whose grid tells the splits
+    if programs and not op.startswith("weight_grad"):  # whose grid tells the splits
         launches[-1].grid = programs, 1  # so that nobody knows which program does what
     works = work_of(op, g, dtype, launches)
     code = code_of(*opcodes, back=is_loop)
@@ -309,6 +311,34 @@ def test_a_split_weight_gradient_writes_and_reads_its_workspace():
     assert (second.kind, second.multiply_adds) == (SUM, 0)
     assert second.bytes_requested == 24 * elements * 4 + elements * 2
     assert main.compulsory + second.compulsory == compulsory_bytes("weight_grad", G64, FP16)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "options"),
+    [
+        ((256, 64, 32, 32), (64, 64, 3, 3), dict(padding=1)),
+        ((256, 3, 128, 128), (64, 3, 7, 7), dict(stride=2, padding=3)),
+        ((64, 96, 56, 56), (96, 1, 3, 3), dict(padding=1, groups=96)),
+    ],
+    ids=["3x3", "stem", "depthwise"],
+)
+def test_a_mask_is_read_as_often_as_the_output_gradient_and_multiplies_nothing(x_shape, w_shape, options):
+    g = ConvGeometry.of(x_shape, w_shape, **options)
+    for op in ("input_grad", "weight_grad"):
+        plain, masked = (works_of(name, g, Tile(M=64, N=32, K=16), splits=4) for name in (op, f"{op}_masked"))
+        main, main_masked = ([w for w in works if w.kind in (PRODUCT, DEPTHWISE)] for works in (plain, masked))
+        ((one,), (other,)) = main, main_masked
+        assert one.multiply_adds == other.multiply_adds
+        assert other.compulsory - one.compulsory == g.N * g.Co * g.P * g.Q * 2
+        depth = 1 if one.kind == DEPTHWISE else 16  # elements of a row of dy's block
+        columns = 32 if one.kind == DEPTHWISE else depth
+        steps = sum(count * each for count, each in one.parts) // (64 * 32 * depth)
+        assert other.bytes_requested - one.bytes_requested == steps * 64 * columns * 2
+
+
+def test_relu_in_the_epilogue_counts_as_nothing():
+    g = ConvGeometry.of((8, 64, 16, 16), (64, 64, 3, 3), 1, 1)
+    assert works_of("forward_relu", g) == works_of("forward", g)
 
 
 def test_depthwise_kernels_are_counted_tap_by_tap():

@@ -13,6 +13,9 @@ from kernels.geometry import ConvGeometry
 from kernels.runtime import compile_ahead
 
 OPERATIONS = ["forward", "input_grad", "weight_grad"]
+MASKED = ["input_grad_masked", "weight_grad_masked"]
+FUSED = ["forward_relu", *MASKED, "bias_grad", "bias_grad_masked"]
+POOLS = ["relu_max_pool", "relu_max_pool_grad"]
 ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_120"]
 PRECISIONS = [
     pytest.param(torch.float16, "ieee", id="fp16"),
@@ -31,6 +34,7 @@ DEPTHWISE = {  # of MobileNet and EfficientNet
     "3x3-96": ((64, 96, 56, 56), (96, 1, 3, 3), {"padding": 1, "groups": 96}),
     "5x5s2-144": ((64, 144, 56, 56), (144, 1, 5, 5), {"padding": 2, "stride": 2, "groups": 144}),
 }
+POOL = ((256, 64, 64, 64), (64, 64, 3, 3), {"stride": 2, "padding": 1})  # SimpleNet's first; of w the window counts
 TINY = ((1, 32, 8, 8), (32, 32, 3, 3), {"padding": 12, "stride": 1000})  # every size that can be 1 is 1
 ODD_CONVOLUTIONS = {  # compiled; a spill is for the report card to tell
     "3x3s2-nothing-divides": ((7, 20, 33, 31), (36, 10, 3, 3), {"stride": 2, "padding": 1, "groups": 2}),
@@ -41,17 +45,49 @@ def assert_compiles(op, convolution, dtype, precision, arch):
     x_shape, w_shape, geometry = (CONVOLUTIONS | ODD_CONVOLUTIONS | DEPTHWISE)[convolution]
     compiled = compile_ahead(op, x_shape, w_shape, dtype=dtype, precision=precision, arch=arch, **geometry)
     names = [kernel.metadata.name for kernel in compiled]
-    packed = op == "input_grad" and convolution == "7x7s2-3-64"  # all residue classes by forward's kernel
-    kernel_of_op = f"{'depthwise_' if convolution in DEPTHWISE else ''}{'forward' if packed else op}_kernel"
-    assert kernel_of_op in names
+    product = op.removesuffix("_masked").removesuffix("_relu")
+    packed = product == "input_grad" and convolution == "7x7s2-3-64"  # all residue classes by forward's kernel
+    depthwise = convolution in DEPTHWISE and product in OPERATIONS
+    assert f"{'depthwise_' if depthwise else ''}{'forward' if packed else product}_kernel" in names
     for kernel in compiled:
-        assert kernel.metadata.target.arch == int(arch.removeprefix("sm_"))
-        code = sass.read(kernel.asm["cubin"])
-        assert code.registers > 0
-        spilled = f"{kernel.metadata.name} spills {code.spills} times, {code.stack_bytes} bytes"
-        assert code.spills == code.stack_bytes == 0 or convolution in ODD_CONVOLUTIONS, spilled
-        # What a block may have: 64 KiB on T4, 163 on A100, 227 on H100, 99 on consumer Ampere, Ada and Blackwell.
-        assert kernel.metadata.shared <= {"sm_75": 64, "sm_80": 163, "sm_90": 227, "sm_120": 99}[arch] * 1024
+        assert_fits(kernel, arch, may_spill=convolution in ODD_CONVOLUTIONS)
+
+
+def assert_fits(kernel, arch, *, may_spill=False):
+    assert kernel.metadata.target.arch == int(arch.removeprefix("sm_"))
+    code = sass.read(kernel.asm["cubin"])
+    assert code.registers > 0
+    spilled = f"{kernel.metadata.name} spills {code.spills} times, {code.stack_bytes} bytes"
+    assert code.spills == code.stack_bytes == 0 or may_spill, spilled
+    # What a block may have: 64 KiB on T4, 163 on A100, 227 on H100, 99 on consumer Ampere, Ada and Blackwell.
+    assert kernel.metadata.shared <= {"sm_75": 64, "sm_80": 163, "sm_90": 227, "sm_120": 99}[arch] * 1024
+
+
+# A mask costs registers, of which float32 needs most: there, and in fp16, tiles of their own were needed.
+SLOW_FUSED = [(op, *precision.values) for op in FUSED for precision in PRECISIONS]
+FAST_FUSED = [
+    *((op, *kind) for op in MASKED for kind in ((torch.float16, "ieee"), (torch.float32, "ieee"))),
+    ("forward_relu", torch.float16, "ieee"), ("bias_grad_masked", torch.float16, "ieee"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("op", "dtype", "precision"),
+    [pytest.param(*one, marks=() if one in FAST_FUSED else pytest.mark.slow) for one in SLOW_FUSED],
+)
+def test_what_relu_is_fused_into_compiles_without_spills(op, dtype, precision, arch):
+    assert_compiles(op, "3x3-64", dtype, precision, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("op", POOLS)
+def test_max_pools_compile_without_spills(op, dtype, arch):
+    x_shape, w_shape, geometry = POOL
+    (kernel,) = compile_ahead(op, x_shape, w_shape, dtype=dtype, arch=arch, **geometry)
+    assert kernel.metadata.name == op.removeprefix("relu_") + "_kernel"
+    assert_fits(kernel, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -64,7 +100,7 @@ def test_every_kernel_compiles_without_spills(op, dtype, precision, arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
-@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("op", [*OPERATIONS, *MASKED])
 @pytest.mark.parametrize("convolution", [name for name in CONVOLUTIONS | ODD_CONVOLUTIONS if name != "3x3-64"])
 def test_every_kind_of_convolution_compiles(convolution, op, dtype, precision, arch):
     assert_compiles(op, convolution, dtype, precision, arch)
@@ -72,7 +108,7 @@ def test_every_kind_of_convolution_compiles(convolution, op, dtype, precision, a
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("op", [*OPERATIONS, *(pytest.param(op, marks=pytest.mark.slow) for op in MASKED)])
 @pytest.mark.parametrize(
     "convolution", ["3x3-96", pytest.param("5x5s2-144", marks=pytest.mark.slow)]
 )
@@ -118,6 +154,8 @@ def test_the_other_generations_compile():
     for arch in sorted(set(runtime.MULTIPROCESSORS) - set(ARCHITECTURES)):
         assert compile_ahead("forward", (2, 64, 8, 8), (64, 64, 3, 3), padding=1, arch=arch)
         assert compile_ahead("forward", (2, 64, 8, 8), (64, 1, 3, 3), padding=1, groups=64, arch=arch)
+        for op in MASKED:
+            assert compile_ahead(op, (2, 64, 8, 8), (64, 64, 3, 3), padding=1, arch=arch)
 
 
 def function_line(kernel) -> str:
@@ -150,8 +188,9 @@ def test_the_process_still_interprets_afterwards_and_in_between():
 
 def test_unknown_names_are_refused():
     shapes = (1, 4, 6, 6), (3, 4, 3, 3)
-    with pytest.raises(ValueError, match="unknown operation 'sideways'; known: forward, input_grad, weight_grad"):
+    with pytest.raises(ValueError, match="unknown operation 'sideways'; known: ") as refused:
         compile_ahead("sideways", *shapes)
+    assert set(str(refused.value).partition("known: ")[2].split(", ")) == {*OPERATIONS, *FUSED, *POOLS}
     with pytest.raises(ValueError, match="'sm_42'; known: sm_75"):
         compile_ahead("forward", *shapes, arch="sm_42")
     with pytest.raises(ValueError, match="unsupported dtype torch"):
@@ -164,7 +203,7 @@ def test_unknown_names_are_refused():
 
 @pytest.mark.parametrize("arch", list(runtime.COMPUTE_UNITS))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("op", [*OPERATIONS, *(pytest.param(op, marks=pytest.mark.slow) for op in FUSED)])
 def test_every_kernel_compiles_for_amd_within_its_shared_memory(op, dtype, arch):
     for shape in (CONVOLUTIONS["3x3-64"], DEPTHWISE["3x3-96"]):
         x_shape, w_shape, geometry = shape

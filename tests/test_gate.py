@@ -8,12 +8,14 @@ import functools
 
 import pytest
 
-from bench.report_card.card import DTYPES, OPERATIONS, Row, row
+from bench.report_card.card import DTYPES, FUSED, OPERATIONS, Row, row
 from bench.report_card.targets import TARGETS, judge, target_of
 from bench.shapes import conv_layers
 from kernels import few_channels, tiles
 from kernels.geometry import ConvGeometry
 from kernels.runtime import MULTIPROCESSORS, Target
+
+MASKED = tuple(op for op in FUSED if op.endswith("_masked"))
 
 GEOMETRIES = {
     "3x3-64": ConvGeometry.of((256, 64, 32, 32), (64, 64, 3, 3), 1, 1),
@@ -40,6 +42,13 @@ SAMPLE = [
     )
     for op in ops
 ]  # fmt: skip
+# With a ReLU: what a mask may cost is registers, the stages of a pipeline, and the width of loads.
+FUSED_SAMPLE = [
+    ("3x3-64", "sm_80", "fp16", "forward_relu"),
+    *(("3x3-64", arch, dtype, op) for op in MASKED for arch, dtype in (
+        ("sm_80", "fp16"), ("sm_90", "fp16"), ("sm_75", "fp32"), ("sm_80", "tf32"),
+    )),
+]  # fmt: skip
 
 
 @functools.cache
@@ -50,6 +59,13 @@ def sampled(name: str, arch: str, dtype: str, op: str) -> Row:
 @pytest.mark.parametrize(("name", "arch", "dtype", "op"), SAMPLE)
 def test_a_row_of_the_sample_meets_its_targets(name, arch, dtype, op):
     assert not judge(sampled(name, arch, dtype, op))
+
+
+@pytest.mark.parametrize(("name", "arch", "dtype", "op"), FUSED_SAMPLE)
+def test_a_row_with_a_relu_of_the_sample_meets_its_targets(name, arch, dtype, op):
+    found = sampled(name, arch, dtype, op)
+    assert not judge(found)
+    assert (target_of(found) is None) == (op in MASKED)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -106,6 +122,19 @@ def test_every_layer_of_every_model_meets_its_targets(arch, dtype, op):
         filled = [found.programs for geometry, found in zip(layers, rows, strict=True) if geometry in of_simplenet]
         assert len(filled) == 7
         assert min(filled) >= MULTIPROCESSORS[arch]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", MASKED)
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [kind for kind in WHOLE if kind[0] in ("sm_75", "sm_80", "sm_90", "sm_120") and kind[1] != "bf16"],
+)
+def test_every_layer_with_a_relu_meets_its_targets_beside_a_mask(arch, dtype, op):
+    """CustomNet's layers, SimpleNet's among them; ResNet18's stand before batch norms, which no mask crosses."""
+    layers = conv_layers("customnet", 256, 128)
+    missed = {layer.name: misses for layer in layers if (misses := judge(row(op, layer, *DTYPES[dtype], arch)))}
+    assert not missed, missed
 
 
 @pytest.mark.slow

@@ -15,7 +15,11 @@ from rich.console import Console
 
 from bench.gpu_check import command, parts
 from bench.gpu_check.console import print_summary
+from bench.gpu_check.memory import FIGURES
 from bench.gpu_check.operations import OPS
+from bench.gpu_check.steps import CONTENDERS
+from bench.measure.predict import MIB
+from bench.memory.step import CONVOLUTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONDITIONS = {"device": "NVIDIA H100", "versions": {"torch": "2.14.1", "triton": "3.8.0"}, "commit": None}
@@ -78,7 +82,7 @@ def test_help_fits_80_columns():
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert max(map(len, process.stdout.splitlines())) <= 80
-    for name in ("tests", "tiles", "tuning", "timing", "sanitizer", "calibration"):
+    for name in ("tests", "tiles", "tuning", "timing", "memory", "sanitizer", "calibration"):
         assert name in process.stdout
 
 
@@ -249,9 +253,33 @@ def test_tables_fit_80_columns():
     chosen[1] = {name: chosen[1][name] for name in ("layer", "op", "dtype", "precision")} | {"error": "x"}
     chosen[2] = {name: chosen[2][name] for name in ("layer", "op", "dtype", "precision", "tile")}
     rows[3] = {name: rows[3][name] for name in ("layer", "op", "dtype", "precision")} | {"error": "x"}
+    types = [("float16", "ieee"), ("float32", "tf32"), ("float32", "ieee")]
+    fused = [
+        {"chain": name, "layer": layer, "dtype": dtype, "precision": precision, "seconds": 0.0123456, "ratio": 12.3456,
+         "ratio_to_unfused": 10.123}
+        for name in ("conv_relu", "conv_relu_grad", "bias_grad", "relu_max_pool_grad")
+        for layer in ("conv7x7-64", "pool3x3-256")
+        for dtype, precision in types
+    ]  # fmt: skip
+    fused[1] = {name: fused[1][name] for name in ("chain", "layer", "dtype", "precision")} | {"error": "x"}
+    trained = [
+        {"step": model, "kind": "fp32", "seconds": dict.fromkeys(CONTENDERS, 0.123456), "n": 40,
+         "ratio": dict.fromkeys(CONTENDERS, 12.3456)}
+        for model in ("simplenet", "resnet18")
+    ]  # fmt: skip
+    trained[1] = {"step": "resnet18", "kind": "fp32", "error": "x"}
+    taken = [
+        {"model": model, "conv": conv, "memory": dict.fromkeys(FIGURES, 80_000 * MIB),
+         "as_predicted": dict.fromkeys(FIGURES, True) | {"allocated": False}, "ratio": dict.fromkeys(FIGURES, 1.234)}
+        for model in ("simplenet", "customnet") for conv in CONVOLUTIONS
+    ]  # fmt: skip
+    taken[1] = {"model": "simplenet", "conv": "unfold", "error": "out of memory"}
     report = {
         "conditions": CONDITIONS | {"arch": "sm_90"},
-        "parts": {"tuning": {"found": [{"ahead": {}}, *chosen]}, "timing": {"found": rows}},
+        "parts": {
+            "tuning": {"found": [{"ahead": {}}, *chosen]}, "timing": {"found": [*rows, *fused, *trained]},
+            "memory": {"found": [{"ahead": {}}, *taken]},
+        },
     }  # fmt: skip
     console = Console(width=80, file=io.StringIO())
     print_summary(console, report, Path("report.json"))
@@ -261,3 +289,6 @@ def test_tables_fit_80_columns():
     assert "12.35" in text
     assert "128x128x64*2 (8, 4)" in text
     assert "failed" in text
+    assert "as predicted: live 7 of 7, allocated 0 of 7, reserved 7 of 7, nvml 7 of 7" in text
+    assert "80000" in text
+    assert "12346" in text

@@ -19,7 +19,7 @@ from bench.memory import command, measured
 from bench.memory.colours import COLOURS
 from bench.memory.console import bars, branches
 from bench.memory.figure import timeline
-from bench.memory.step import Step, rehearse
+from bench.memory.step import CONVOLUTIONS, Step, rehearse
 from bench.memory.words import gap_to
 
 SMALL = ("--batch-size", 8, "--image-size", 32)
@@ -61,7 +61,7 @@ def shown(nbytes: int) -> str:
 def test_the_report_is_the_accounts(report_of):
     report, out = report_of("simplenet", *SMALL)
     entries = report["convolutions"]
-    assert list(entries) == ["torch", "unfold", "triton"]
+    assert list(entries) == list(CONVOLUTIONS)
     for conv, entry in entries.items():
         step = Step(model="simplenet", conv=conv, batch_size=8, image_size=32)
         account = rehearse(step, "sm_75", multiprocessors=40, steps=3)
@@ -101,13 +101,15 @@ def test_cudnn_is_assumed_of_native_convolutions_alone(report_of):
 def test_words_tell_where_a_difference_comes_from(report_of):
     report, out = report_of("simplenet")
     told = {entry["conv"]: entry for entry in report["differences"]}
-    assert told["triton"]["nbytes"] == 0
-    assert told["triton"]["items"] == []
-    assert "triton against torch: the same to 0.1 MiB, at the same moment." in out
-    unfold = told["unfold"]
+    assert told["triton-unfused"]["nbytes"] == 0
+    assert told["triton-unfused"]["items"] == []
+    assert "triton-unfused against torch: the same to 0.1 MiB, at the same moment." in out
     entries = report["convolutions"]
-    assert unfold["nbytes"] == entries["unfold"]["peak"] - entries["torch"]["peak"]
-    assert sum(nbytes for nbytes, _ in unfold["items"]) == unfold["nbytes"]
+    for conv in ("unfold", "triton"):
+        assert told[conv]["nbytes"] == entries[conv]["peak"] - entries["torch"]["peak"]
+        assert sum(nbytes for nbytes, _ in told[conv]["items"]) == told[conv]["nbytes"]
+    assert min(told["triton"]["items"])[1] == "saved for backward"  # what fusing is for
+    unfold = told["unfold"]
     traps = {words.split(":")[0].split(",")[0]: nbytes for nbytes, words in unfold["items"]}
     matrix = 576 * MIB
     assert traps["the unfolded matrix"] == traps["fold's result"] == traps["matmul's clone of that matrix"] == matrix
@@ -124,7 +126,7 @@ def test_only_convolutions_that_unfold_are_told_as_such(report_of):
 
 def test_the_writeups_figures_stand_as_theirs(report_of):
     report, out = report_of("simplenet")
-    assert row(out, "the write-up's T4*") == ["3,113", "4,881", "-"]
+    assert row(out, "the write-up's T4*") == ["3,113", "4,881", "-", "-"]
     assert "it stands as theirs" in out
     assert "reproduced" not in out
     assert report["convolutions"]["torch"]["gap_to_writeup"].startswith("3,113 less")

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import models
-from bench.measure.account import CATEGORIES, INPUT, OPTIMIZER, TEMPORARY, WORKSPACE, Account, Change
+from bench.measure.account import CATEGORIES, INPUT, OPTIMIZER, SAVED, TEMPORARY, WORKSPACE, Account, Change
+from bench.measure.predict import GPUS
 from bench.measure.tracker import Tracker
-from bench.memory.step import BACKWARD, FORWARD, OPTIMIZER_STEP, Step, rehearse, track
+from bench.memory.step import BACKWARD, CONVOLUTIONS, FORWARD, OPTIMIZER_STEP, Step, rehearse, track
 from kernels import runtime
 from train.recipes import FOR_MODEL
 
@@ -25,7 +26,7 @@ def step(model: str = "simplenet", conv: str = "triton", *, amp: str = "off", ba
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-@pytest.mark.parametrize("conv", list(models.CONVOLUTIONS))
+@pytest.mark.parametrize("conv", CONVOLUTIONS)
 @pytest.mark.parametrize("model", list(models.MODELS))
 def test_what_is_predicted_is_what_a_step_takes(model, conv, amp):
     """To the byte, by category and phase, which is more than 1% asks."""
@@ -161,8 +162,44 @@ def test_peak_of_unfold_simplenet_by_hand():
     assert [made[TEMPORARY, name] for name in ("aten.im2col", "aten.col2im", "aten.clone")] == 3 * [matrix]
 
 
-def test_the_fused_convolution_keeps_what_nn_conv2d_keeps():
-    assert writeup_step("triton").peak.by_category() == writeup_step("torch").peak.by_category()
+def test_the_convolution_alone_keeps_what_nn_conv2d_keeps():
+    ours, theirs = (writeup_step(conv).peak.by_category() for conv in ("triton-unfused", "torch"))
+    assert {**ours, WORKSPACE: 0} == theirs
+
+
+def test_peak_of_fused_simplenet_by_hand():
+    """Where the last convolution's weight gradient is made: each convolution has its input, the last its result."""
+    peak = writeup_step("triton").peak
+    made = peak.split("category", "operator")
+    pooled = 256 * (64 * 32**2 + 256 * 16**2)  # elements
+    results = 256 * (2 * 64 * 32**2 + (2 * 128 + 512) * 16**2)  # of the convolutions that no pool follows
+    assert made[SAVED, "conv_lab.max_pool"] == pooled * (4 + 1)  # the result, and a byte's index
+    assert made[SAVED, "conv_lab.forward"] == results * 4
+    dy, dx = 256 * 512 * 16**2 * 4, 256 * 128 * 16**2 * 4
+    assert made[TEMPORARY, "aten.avg_pool2d_backward"] == dy
+    assert made[TEMPORARY, "conv_lab.input_grad"] == dx
+    assert peak.nbytes == pytest.approx(256 * 3 * 128**2 * 4 + sum((pooled * 5, results * 4, dy, dx)), rel=0.02)
+
+
+@pytest.mark.parametrize("gpu", ["t4", "a100-40gb", "h100"])
+@pytest.mark.parametrize(
+    ("model", "reference", "most"),
+    [
+        ("simplenet", "torch", 0.50),
+        ("simplenet", "unfold", 0.35),
+        ("customnet", "torch", 0.85),
+        ("resnet18", "torch", 0.82),
+    ],
+)
+def test_fused_a_training_step_takes_so_much_less(model, reference, most, gpu):
+    """Accounted bytes of 256 images of 128 px, with all workspaces and copies of that GPU's launches."""
+    kind = GPUS[gpu]
+
+    def peak(conv: str) -> int:
+        made = Step(model=model, conv=conv, batch_size=256, image_size=128)
+        return rehearse(made, kind.arch, multiprocessors=kind.multiprocessors).peak.nbytes
+
+    assert peak("triton") <= most * peak(reference)
 
 
 WITNESS = """

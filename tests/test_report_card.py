@@ -89,6 +89,20 @@ def test_a_copy_stands_beside_the_launch_that_multiplies(op, main, copy):
     assert (found.zero_insertion_multiply_adds is None) == (op != "input_grad")
 
 
+def test_an_operation_with_a_relu_is_asked_for_by_name_and_its_mask_is_counted(card_run, tmp_path):
+    code, out, _ = card_run(
+        "--shape", SHAPE, "--op", "input_grad", "input_grad_masked", "--arch", "sm_80", "--json", "card.json",
+        "--figure", "roof.png",
+    )  # fmt: skip
+    assert code == 0
+    assert "input_grad_masked" in out
+    plain, masked = json.loads((tmp_path / "card.json").read_text())["rows"]
+    assert [plain["op"], masked["op"]] == ["input_grad", "input_grad_masked"]
+    assert masked["compulsory_bytes"] - plain["compulsory_bytes"] == 256 * 64 * 32 * 32 * 2
+    assert masked["useful_multiply_adds"] == plain["useful_multiply_adds"]
+    assert masked["overhead"] > plain["overhead"]
+
+
 def test_rows_of_other_dtypes_and_kinds():
     tf32 = row("forward", ConvGeometry.of((8, 64, 8, 8), (64, 64, 3, 3), 1, 1), torch.float32, "tf32", "sm_90")
     assert (tf32.dtype, tf32.tensor_core_instructions > 0, tf32.others_per_fma) == ("tf32", True, None)

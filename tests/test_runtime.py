@@ -81,6 +81,39 @@ def test_our_loads_and_stores_are_the_interpreters(dtype, count):
     assert (ours[1:25:3] == 7).sum() == 8 - count
 
 
+@runtime.kernel
+def _copy_blocks(
+    x_ptr, y_ptr, ROWS, COLUMNS, stride_xm, stride_xn, stride_ym, stride_yn,
+    HOLES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    o_m = tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N)
+    inside = (o_m < ROWS)[:, None] & (o_n < COLUMNS)[None, :]
+    if HOLES:
+        inside &= (o_m[:, None] + o_n[None, :]) % 3 > 0
+    p_x = x_ptr + (BLOCK_M - 1 - o_m)[:, None] * stride_xm + o_n[None, :] * stride_xn  # rows from the last up
+    p_y = y_ptr + o_m[:, None] * stride_ym + o_n[None, :] * stride_yn
+    b_x = tl.load(p_x, inside, other=5) + tl.load(p_x + 1, inside) + tl.load(p_x, (o_m < ROWS)[:, None], other=3)
+    tl.store(p_y, b_x, inside)
+    tl.store(p_y + BLOCK_M * BLOCK_N, tl.load(p_x))
+    tl.store(p_y + 2 * BLOCK_M * BLOCK_N, tl.load(p_x, o_n[None, :] >= COLUMNS, other=2), (o_m < ROWS)[:, None])
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("strides", [(8, 1), (1, 4), (9, 2), (1, 1), (0, 1), (8, 0)], ids=str)
+@pytest.mark.parametrize("rows", [0, 3, 4])
+@pytest.mark.parametrize("columns", [0, 5, 8])
+def test_blocks_of_rows_are_the_interpreters(rows, columns, strides, holes):
+    """Rows and columns that lie side by side in memory are copied as a whole, however the mask cuts them."""
+    x = torch.arange(80.0)
+    ours, theirs = torch.full((96,), 99.0), torch.full((96,), 99.0)
+    sizes = rows, columns, *strides, 8, 1
+    constants = dict(HOLES=holes, BLOCK_M=4, BLOCK_N=8)
+    runtime.launch(_copy_blocks, runtime.Target("interpreter", 1), (1, 1), x, ours, *sizes, output=ours, **constants)
+    _copy_blocks.interpreted[1, 1, 1](x, theirs, *sizes, **constants)
+    assert torch.equal(ours, theirs)
+
+
 def test_global_state_of_triton_is_put_back_after_a_failure():
     builder, active = dict(vars(interpreter_builder)), driver._active
     with pytest.raises(RuntimeError, match="made to fail"), runtime.compiling_ahead("sm_80"):

@@ -1,4 +1,4 @@
-"""The three convolutions train alike: the same seed gives the same loss curve, to rounding."""
+"""The three convolutions, and the fused one unfused, train alike: the same seed gives the same loss curve, to rounding."""
 
 import csv
 import dataclasses
@@ -7,6 +7,13 @@ import json
 import pytest
 
 from train.recipes import RECIPES
+
+VARIANTS = {
+    "torch": ("--conv", "torch"),
+    "unfold": ("--conv", "unfold"),
+    "triton": ("--conv", "triton"),
+    "triton-unfused": ("--conv", "triton", "--no-fuse"),
+}
 
 # Relative difference to PyTorch's own convolution, by step. The first loss differs by the rounding of one forward pass;
 # from then on by that of the gradients too, and differences grow from step to step.
@@ -29,12 +36,12 @@ def losses(path):
 def test_the_first_steps_agree(optimizer, train_run, tmp_path, monkeypatch):
     recipe = dataclasses.replace(RECIPES["quick"], optimizer=optimizer, lr=RATES[optimizer])
     monkeypatch.setitem(RECIPES, "quick", recipe)
-    for conv in ("torch", "unfold", "triton"):
+    for conv, flags in VARIANTS.items():
         settings = ("--epochs", 1, "--batch-size", 16, "--limit-train", 96, "--limit-val", 16, "--device", "cpu")
-        assert train_run("simplenet", "--conv", conv, "--recipe", "quick", *settings, "--out", conv)[0] == 0
+        assert train_run("simplenet", *flags, "--recipe", "quick", *settings, "--out", conv)[0] == 0
     reference = losses(tmp_path / "torch/steps.csv")
     assert len(reference) == len(TOLERANCE[optimizer])
-    for conv in ("unfold", "triton"):
+    for conv in VARIANTS.keys() - {"torch"}:
         for (step, tolerance), ours, theirs in zip(
             TOLERANCE[optimizer].items(), losses(tmp_path / conv / "steps.csv"), reference, strict=True
         ):
@@ -45,10 +52,10 @@ def test_the_first_steps_agree(optimizer, train_run, tmp_path, monkeypatch):
 def test_final_accuracies_agree_within_noise(train_run, tmp_path):
     """On 500 validation images one accuracy of about 60% has a standard deviation of 2.2 points."""
     accuracy = {}
-    for conv in ("torch", "unfold", "triton"):
+    for conv, flags in VARIANTS.items():
         settings = ("--epochs", 2, "--limit-train", 640, "--limit-val", 500, "--device", "cpu")
-        assert train_run("simplenet", "--conv", conv, *settings, "--out", conv)[0] == 0
+        assert train_run("simplenet", *flags, *settings, "--out", conv)[0] == 0
         accuracy[conv] = json.loads((tmp_path / conv / "summary.json").read_text())["val_top1"]
     assert accuracy["torch"] > 40  # it has learned, so agreement means something
-    for conv in ("unfold", "triton"):
+    for conv in VARIANTS:
         assert accuracy[conv] == pytest.approx(accuracy["torch"], abs=5), accuracy

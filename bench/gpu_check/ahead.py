@@ -5,31 +5,32 @@ finds it in Triton's cache on disk; where it does not, it compiles as ever.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from bench.gpu_check.operations import Case, Operands, only, ours
 from kernels import runtime
-from kernels.tiles import Tile
 
 MOST_PROCESSES = 16
 
+Job = Callable[[], object]
+"""Calls launchers on meta tensors. It goes to another process: a function of a module, or its `partial`."""
 
-def compile_all(jobs: Sequence[tuple[Case, Tile]], arch: str) -> dict[str, int | str]:
-    """Compiles each case with its tile for `arch`; how many were, by how many processes, and the first error."""
+
+def compile_all(jobs: Sequence[Job], arch: str) -> dict[str, int | str]:
+    """Compiles what each job launches for `arch`; how many were, by how many processes, and the first error."""
     processes = min(MOST_PROCESSES, len(os.sched_getaffinity(0)), len(jobs))
     if arch not in runtime.MULTIPROCESSORS:
         return {"compiled": 0, "of": len(jobs), "error": f"{arch} is none that is compiled for ahead"}
     if processes < 3:
         return {"compiled": 0, "of": len(jobs), "error": "too few cores for it to save time"}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(compile_one, case, tile, arch) for case, tile in jobs]
+        futures = [pool.submit(compile_one, job, arch) for job in jobs]
         errors = [error for future in futures if (error := future.exception()) is not None]
     found: dict[str, int | str] = {"compiled": len(jobs) - len(errors), "of": len(jobs), "processes": processes}
     return found | ({"error": " ".join(f"{type(errors[0]).__name__}: {errors[0]}".split())[:300]} if errors else {})
 
 
-def compile_one(case: Case, tile: Tile, arch: str) -> None:
-    with only(tile), runtime.compiling_ahead(arch):
-        ours(case, Operands.of(case, "meta"))
+def compile_one(job: Job, arch: str) -> None:
+    with runtime.compiling_ahead(arch):
+        job()

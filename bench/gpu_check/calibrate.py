@@ -9,7 +9,8 @@ from bench.report_card import calibration
 
 def calibrate(folder: Path) -> None:
     """timing.jsonl of the folder -> calibration.json, a file for the report card's --calibration."""
-    calibration.write(folder / CALIBRATION, [row for row in read_rows(folder / "timing.jsonl") if "seconds" in row])
+    rows = [row for row in read_rows(folder / "timing.jsonl") if {"op", "seconds"} <= row.keys()]
+    calibration.write(folder / CALIBRATION, rows)
 
 
 if __name__ == "__main__":

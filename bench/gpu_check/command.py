@@ -21,20 +21,20 @@ from bench.gpu_check.console import print_part, print_summary
 from train.cli import Parser, UserError, path, run_command
 from train.files import atomic_write, write_json
 
-QUICK_SECONDS = 235
+QUICK_SECONDS = 540
 """All parts of a quick run together; one that would begin later, or with less than LEAST_SECONDS, does not."""
 LEAST_SECONDS = 10
 
 DESCRIPTION = """\
 Check the Triton kernels on the GPU of this machine: the convolution's tests on CUDA tensors, each tile by itself,
-autotuning, times beside cuDNN's, and compute-sanitizer where it is installed. One report, which is written again after
-each part; a part that fails, hangs or crashes is recorded and the others go on.
+autotuning, times beside cuDNN's, the memory of training steps, and compute-sanitizer where it is installed. One report,
+which is written again after each part; a part that fails, hangs or crashes is recorded and the others go on.
 """
 
 EXAMPLES = """
 examples:
   python -m bench.gpu_check                 everything, two hours at most
-  python -m bench.gpu_check --quick         fewer shapes, four minutes
+  python -m bench.gpu_check --quick         fewer shapes, nine minutes
   python -m bench.gpu_check --parts tuning timing --out h100.json
 
 exit code: 0 all passed, 1 a part failed, 2 nothing could be checked
@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
     )
     names = [part.name for part in parts.PARTS]
-    parser.add_argument("--quick", action="store_true", help="fewer tests, layers and shapes, four minutes at most")
+    parser.add_argument("--quick", action="store_true", help="fewer tests, layers and models, nine minutes at most")
     parser.add_argument("--parts", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)} (all)")
     parser.add_argument("--out", type=path, metavar="FILE", help="the report (runs/gpu-check-<time>.json)")
     return parser

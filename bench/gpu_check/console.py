@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.gpu_check.parts import NOT_RUN, PASSED, Part
+from bench.measure.predict import MIB
 
 STYLES = {PASSED: "green", NOT_RUN: "yellow"}
 MOST_SHOWN = 5
@@ -33,20 +34,26 @@ def counted(outcome: dict[str, Any]) -> str:
     if isinstance(found, dict) and "convolutions" in found:
         return f": {found['convolutions']} convolutions, {found['summary'] or 'no summary'}"
     if isinstance(found, list):
-        return f": {sum('op' in row for row in found)} rows"
+        return f": {sum('ahead' not in row for row in found)} rows"
     return ""
 
 
 def print_summary(console: Console, report: dict[str, Any], file: Path) -> None:
     """The tables of times, and where and how they were taken."""
     found = {name: outcome.get("found") for name, outcome in report["parts"].items()}
-    for title, rows, table_of in (
-        ("\nAutotuning: the first choice beside the best candidate, in ms", found.get("tuning"), tuning_table),
-        ("\nTimes in ms, and ours / cuDNN's (below 1: ours is faster)", found.get("timing"), timing_table),
+    for title, part, key, table_of in (
+        ("Autotuning: the first choice beside the best candidate, in ms", "tuning", "op", tuning_table),
+        ("Times in ms, and ours / cuDNN's (below 1: ours is faster)", "timing", "op", timing_table),
+        ("Fused chains in us, and ours / PyTorch's, ours / ours unfused", "timing", "chain", chain_table),
+        ("Training steps in ms, and triton / the others", "timing", "step", step_table),
+        ("Memory of training steps in MiB at the peak, and / torch's", "memory", "model", memory_table),
     ):
+        rows = [row for row in found.get(part) or [] if key in row]
         if rows:
-            console.print(title)
-            console.print(table_of([row for row in rows if "op" in row]))
+            console.print(f"\n{title}")
+            console.print(table_of(rows))
+            if part == "memory":
+                console.print(predictions_met(rows))
     where = report["conditions"]
     versions = where["versions"]
     console.print(
@@ -104,6 +111,96 @@ def timing_table(rows: list[dict[str, Any]]) -> Table:
         table.add_row("" if layer == previous else layer, op, *cells)
         previous = layer
     return table
+
+
+CHAINS = {
+    "conv_relu": "conv+bias+ReLU", "conv_relu_grad": "its gradients", "bias_grad": "bias gradient",
+    "relu_max_pool": "ReLU+max-pool", "relu_max_pool_grad": "its gradient",
+}  # fmt: skip
+
+
+def chain_table(rows: list[dict[str, Any]]) -> Table:
+    """A section a chain, a line a layer, with three columns for each type."""
+    kinds = list(dict.fromkeys(map(kind, rows)))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("chain, layer", no_wrap=True)
+    for name in kinds:
+        table.add_column(f"{name}\nus", justify="right")
+        table.add_column("/\ntorch", justify="right", style="bold")
+        table.add_column("/ un-\nfused", justify="right")
+    by_place = {(row["chain"], row["layer"], kind(row)): row for row in rows}
+    for chain in dict.fromkeys(row["chain"] for row in rows):
+        table.add_row(f"[bold]{CHAINS[chain]}[/]")
+        for layer in dict.fromkeys(row["layer"] for row in rows if row["chain"] == chain):
+            cells = []
+            for name in kinds:
+                row = by_place.get((chain, layer, name), {})
+                seconds = row.get("seconds")
+                cells += ["-" if seconds is None else f"{1e6 * seconds:.0f}", ratio(row.get("ratio"))]
+                cells.append(ratio(row.get("ratio_to_unfused")))
+            table.add_row(f"  {layer}", *cells)
+        table.add_section()
+    return table
+
+
+def step_table(rows: list[dict[str, Any]]) -> Table:
+    """A line a model and type: each contender's time, and triton's over it."""
+    contenders = list(dict.fromkeys(name for row in rows for name in row.get("seconds", {})))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("model")
+    table.add_column("type")
+    for name in contenders:
+        table.add_column(name.replace("-", "\n"), justify="right")
+        if name != "triton":
+            table.add_column("triton\n/ it", justify="right", style="bold")
+    table.add_column("n", justify="right")
+    for row in rows:
+        cells = []
+        for name in contenders:
+            cells.append(milliseconds(row.get("seconds", {}).get(name)))
+            if name != "triton":
+                cells.append(ratio(row.get("ratio", {}).get(name)))
+        table.add_row(row["step"], row["kind"], *cells, str(row.get("n", "-")))
+    return table
+
+
+def memory_table(rows: list[dict[str, Any]]) -> Table:
+    """A section a model, a line a convolution, with two columns for each figure."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("model, convolution", no_wrap=True)
+    figures = figures_of(rows)
+    for name in figures:
+        table.add_column({"nvml": "NVML"}.get(name, name), justify="right")
+        table.add_column("/", justify="right", style="bold")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        table.add_row(f"[bold]{model}[/]")
+        for row in rows:
+            if row["model"] == model:
+                cells = []
+                for name in figures:
+                    nbytes = row.get("memory", {}).get(name)
+                    cells += ["-" if nbytes is None else f"{nbytes / MIB:.0f}", ratio(row.get("ratio", {}).get(name))]
+                table.add_row(f"  {row['conv']}", *cells)
+        table.add_section()
+    return table
+
+
+def predictions_met(rows: list[dict[str, Any]]) -> str:
+    """How many of each figure lie where they were predicted."""
+    told = []
+    for name in figures_of(rows):
+        known = [row["as_predicted"][name] for row in rows if name in row.get("as_predicted", {})]
+        told.append(f"{name} {sum(known)} of {len(known)}")
+    return f"as predicted: {', '.join(told)}"
+
+
+def figures_of(rows: list[dict[str, Any]]) -> list[str]:
+    """live, allocated, reserved, nvml"""
+    return list(dict.fromkeys(name for row in rows for name in row.get("memory", {})))
+
+
+def ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def kind(row: dict[str, Any]) -> str:

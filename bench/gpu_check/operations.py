@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -117,8 +118,17 @@ def native(case: Case, operands: Operands) -> torch.Tensor:
     return gradients[asked.index(True)]
 
 
+class Precise(Protocol):
+    """Anything that is timed: a Case, a chain, a training step."""
+
+    @property
+    def precision(self) -> str:
+        """"ieee" or "tf32"."""
+        ...
+
+
 @contextlib.contextmanager
-def precision_of(case: Case, *, benchmark: bool) -> Iterator[None]:
+def precision_of(case: Precise, *, benchmark: bool) -> Iterator[None]:
     """While open, cuDNN multiplies float32 as the case says; with `benchmark` it looks for its fastest algorithm."""
     conv, cudnn = torch.backends.cudnn.conv, torch.backends.cudnn
     before = conv.fp32_precision, cudnn.benchmark
@@ -138,3 +148,9 @@ def only(tile: Tile) -> Iterator[None]:
         yield
     finally:
         tiles.candidates = candidates
+
+
+def launch(case: Case, tile: Tile) -> None:
+    """Ours with this tile, on meta tensors."""
+    with only(tile):
+        ours(case, Operands.of(case, "meta"))

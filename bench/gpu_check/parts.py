@@ -193,12 +193,12 @@ def read_calibration(folder: Path) -> dict[str, Any] | None:
 def nothing_to_calibrate(folder: Path, quick: bool) -> str | None:
     if quick:
         return "left out by --quick; bench.report_card.calibration.write makes it of the report's rows, on any machine"
-    return None if read_rows(folder / "timing.jsonl") else "nothing was timed"
+    return None if any("op" in row for row in read_rows(folder / "timing.jsonl")) else "nothing was timed"
 
 
 PARTS = (
     Part(
-        name="tests", title="the convolution's tests on CUDA tensors", limit=2400, quick_limit=100,
+        name="tests", title="the convolution's tests on CUDA tensors", limit=2400, quick_limit=125,
         command=tests_command, read=lambda folder: read_tests(folder / "tests.jsonl"),
     ),
     Part(
@@ -211,9 +211,14 @@ PARTS = (
         read=lambda folder: read_rows(folder / "tuning.jsonl"),
     ),
     Part(
-        name="timing", title="times beside cuDNN's", limit=1200, quick_limit=60,
+        name="timing", title="times beside cuDNN's", limit=1800, quick_limit=200,
         command=lambda folder, quick: worker_command("timing", folder, quick),
         read=lambda folder: read_rows(folder / "timing.jsonl"),
+    ),
+    Part(
+        name="memory", title="memory of training steps", limit=1200, quick_limit=90,
+        command=lambda folder, quick: worker_command("memory", folder, quick),
+        read=lambda folder: read_rows(folder / "memory.jsonl"),
     ),
     Part(
         name="sanitizer", title="compute-sanitizer memcheck", limit=900, quick_limit=60,

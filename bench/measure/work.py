@@ -6,9 +6,9 @@
 
 Multiply-adds executed are those of whole blocks: rows, columns and terms past the last are multiplied too, as zeros.
 Useful ones multiply two elements that exist, so the halo's are not among them; they are the same for the three
-operations. Bytes requested are those of every tile load of every step of every program, masked lanes included, of every
-store, and of the split-K workspace both ways. Compulsory bytes are each element of an operand that is used, once, and
-the result, once.
+operations, and a ReLU that is fused into one adds none. Bytes requested are those of every tile load of every step of
+every program, masked lanes included, of every store, and of the split-K workspace both ways. Compulsory bytes are each
+element of an operand that is used, once, and the result, once.
 
 Counted where a kernel's tile does not say by how much it exceeds a minimum: the minimum, so that a time computed from
 it stays a lower bound.
@@ -22,6 +22,7 @@ import torch
 
 from kernels.geometry import ConvGeometry
 from kernels.runtime import Launch
+from kernels.tiles import MASK
 
 PRODUCT, DEPTHWISE, SUM, COPY, UNKNOWN = "matrix product", "depthwise", "sum of splits", "copy", "unknown"
 
@@ -72,15 +73,18 @@ def work_of(op: str, geometry: ConvGeometry, dtype: torch.dtype, launches: Seque
             work = Work(kind=UNKNOWN, programs=programs)
         else:
             rule = _depthwise if name.startswith("depthwise") else _product
-            work = rule(name, geometry, dtype, programs, launch.arguments, left, result)
+            masked = op.endswith(MASK)
+            work = rule(name, geometry, dtype, programs, launch.arguments, left, result, masked=masked)
         found.append(work)
     return found
 
 
 def _product(
-    name: str, g: ConvGeometry, dtype: torch.dtype, programs: int, arguments: dict, operands: int, result: int
-) -> Work:
+    name: str, g: ConvGeometry, dtype: torch.dtype, programs: int, arguments: dict, operands: int, result: int,
+    *, masked: bool,
+) -> Work:  # fmt: skip
     M, N, K = (arguments[f"BLOCK_{axis}"] for axis in "MNK")
+    loaded_rows = M * (2 if masked else 1)  # in every kernel the rows are those of dy, and the mask lies beside them
     # What the kernel multiplies, as it was told: windows and residue classes are other sizes than the layer's.
     CI, CO, R, S, groups = (arguments[size] for size in ("CI", "CO", "R", "S", "GROUPS"))
     flat = arguments.get("FLAT", False)
@@ -115,15 +119,16 @@ def _product(
         multiply_adds=total_steps * M * N * K,
         steps=max(steps for _, steps in shares),
         splits=splits,
-        bytes_requested=total_steps * (M + N) * K * dtype.itemsize
+        bytes_requested=total_steps * (loaded_rows + N) * K * dtype.itemsize
         + tiles_stored * (M * N * stored + N * dtype.itemsize * has_bias),
         compulsory=operands + (result if splits == 1 else 0),
     )
 
 
 def _depthwise(
-    name: str, g: ConvGeometry, dtype: torch.dtype, programs: int, arguments: dict, operands: int, result: int
-) -> Work:
+    name: str, g: ConvGeometry, dtype: torch.dtype, programs: int, arguments: dict, operands: int, result: int,
+    *, masked: bool,
+) -> Work:  # fmt: skip
     M, N = arguments["BLOCK_M"], arguments["BLOCK_N"]
     splits = 1
     if name == "depthwise_forward_kernel":
@@ -138,6 +143,7 @@ def _depthwise(
         tiles = _up(g.Co, N) * g.R * g.S
         splits = max(1, programs // tiles)
         steps, loaded, stored = _up(_up(g.N * g.P * g.Q, M), splits), 2 * M * N, N
+    loaded += M * N if masked else 0
     count = tiles * splits
     width = accumulator_bytes(dtype) if splits > 1 else dtype.itemsize
     return Work(
@@ -184,7 +190,7 @@ def compulsory_bytes(op: str, g: ConvGeometry, dtype: torch.dtype) -> int:
 
 
 def operand_bytes(op: str, g: ConvGeometry, dtype: torch.dtype) -> dict[str, int]:
-    """By operand: "x", "w", "y" (the output gradient), "bias"."""
+    """By operand: "x", "w", "y" (the output gradient), "bias", "mask"."""
     rows = _pairs(g.P, g.SH, g.PH, g.DH, g.R, g.H)
     columns = _pairs(g.Q, g.SW, g.PW, g.DW, g.S, g.W)
     # A 1x1 filter of stride 2 reads every fourth pixel alone; padding may be wider than the filter.
@@ -192,12 +198,20 @@ def operand_bytes(op: str, g: ConvGeometry, dtype: torch.dtype) -> dict[str, int
     pixels_y = len({p for _, p, _ in rows}) * len({q for _, q, _ in columns})
     taps = len({r for _, _, r in rows}) * len({s for _, _, s in columns})
     elements = {"x": g.N * g.Ci * pixels_x, "y": g.N * g.Co * pixels_y, "w": g.Co * g.Ci_group * taps, "bias": g.Co}
-    read = {"forward": ("x", "w", "bias"), "input_grad": ("y", "w"), "weight_grad": ("x", "y")}[op]
+    elements["mask"] = elements["y"]
+    read = {"forward": ("x", "w", "bias"), "input_grad": ("y", "w"), "weight_grad": ("x", "y")}[unfused(op)]
+    read += ("mask",) if op.endswith(MASK) else ()
     return {operand: elements[operand] * dtype.itemsize for operand in read}
 
 
 def result_bytes(op: str, g: ConvGeometry, dtype: torch.dtype) -> int:
-    return dtype.itemsize * prod({"forward": g.y_shape, "input_grad": g.x_shape, "weight_grad": g.w_shape}[op])
+    shapes = {"forward": g.y_shape, "input_grad": g.x_shape, "weight_grad": g.w_shape}
+    return dtype.itemsize * prod(shapes[unfused(op)])
+
+
+def unfused(op: str) -> str:
+    """ "forward" for "forward_relu", "input_grad" for "input_grad_masked"."""
+    return op.removesuffix("_relu").removesuffix(MASK)
 
 
 def accumulator_bytes(dtype: torch.dtype) -> int:

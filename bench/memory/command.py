@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import itertools
 
 import torch
 from rich.console import Console
@@ -13,12 +14,13 @@ from bench.measure import snapshot
 from bench.measure.account import Account
 from bench.measure.predict import GPUS, GpuKind, largest_batch, predict
 from bench.memory import measured
-from bench.memory.console import print_overview, print_report
+from bench.memory.console import print_overview, print_report, print_traffic, print_traffic_overview
 from bench.memory.figure import draw
 from bench.memory.history import history
 from bench.memory.live import follow
 from bench.memory.report import Result, make_report
 from bench.memory.step import CONVOLUTIONS, NUM_CLASSES, STEPS, Step, rehearse
+from bench.memory.traffic import make_report as make_traffic_report
 from train import writeup
 from train.cli import Parser, UserError, number, path, run_command
 from train.files import atomic_write, write_json
@@ -33,6 +35,7 @@ Account for the memory of a training step (forward, loss, backward, the write-up
 what, and when. The step is predicted: it runs on meta tensors, which have sizes and no bytes, and what it takes and
 frees is replayed through a model of PyTorch's allocator. Neither the memory nor a GPU is needed. Where there is a GPU,
 the real step runs on it too, each convolution in a process of its own, and the driver's figures (NVML) stand beside.
+With --traffic the bytes moved to and from that memory are counted instead, by kind of operator.
 """
 
 EXAMPLES = """
@@ -46,6 +49,7 @@ examples:
                                  for https://pytorch.org/memory_viz (drag it in)
   python -m bench.memory simplenet --conv torch --live --batch-size 32
                               really trains here, and shows its memory meanwhile
+  python -m bench.memory simplenet --traffic            bytes moved, and by whom
   python -m bench.memory simplenet --json memory.json   in bytes, for programs
 """
 
@@ -60,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     whole, kinds = number(int, above=0), ", ".join(GPUS)
     add("model", choices=[*models.MODELS, ALL], help="whose training step")
-    add("--conv", nargs="+", choices=CONVOLUTIONS, help="convolutions (default: all)")
+    add("--conv", nargs="+", choices=CONVOLUTIONS, metavar="CONV", help=f"{', '.join(CONVOLUTIONS)} (default: all)")
     add("--batch-size", type=whole, default=writeup.BATCH_SIZE, metavar="N", help="images a step (256)")
     add("--image-size", type=number(int, least=8), default=writeup.IMAGE_SIZE, metavar="N", help="side in pixels (128)")
     add("--amp", choices=list(AMP_DTYPES), default="off", help="automatic mixed precision (off)")
@@ -69,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--predict", action="store_true", help="measure nothing (what happens anyway without a GPU)")
     how.add_argument("--live", action="store_true", help="train really, on the GPU or else the CPU, and follow it")
+    add("--traffic", action="store_true", help="count instead what the step moves to and from DRAM at least")
     add("--steps", type=whole, metavar="N", help="steps that --live makes (10)")
     add("--timeline", type=path, metavar="FILE", help="draw live bytes over the step, a PNG")
     add("--snapshot", type=path, metavar="FILE", help="write the history of one --conv for PyTorch's memory viewer")
@@ -96,6 +101,8 @@ def command(arguments: argparse.Namespace) -> None:
     console = Console(highlight=False)
     if arguments.live:
         live(console, arguments, steps[0])
+    elif arguments.traffic:
+        traffic(console, arguments, steps)
     else:
         report(console, arguments, steps)
 
@@ -114,6 +121,10 @@ def check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{flag} {file} would be written over by another of the files asked for")
     if arguments.gpu and arguments.fits and arguments.gpu != arguments.fits:
         raise UserError(f"--fits {arguments.fits} predicts for that GPU; leave out --gpu {arguments.gpu}")
+    if arguments.traffic:
+        for flag in ("live", "fits", "timeline", "snapshot"):
+            if getattr(arguments, flag):
+                raise UserError(f"--{flag} is of the memory taken, --traffic of the bytes moved; leave one out")
     for flag in ("live", "snapshot"):
         if getattr(arguments, flag) and len(set(arguments.conv or CONVOLUTIONS)) > 1:
             raise UserError(f"--{flag} is of one convolution; name it, as in --conv torch")
@@ -145,14 +156,35 @@ def live(console: Console, arguments: argparse.Namespace, step: Step) -> None:
         write_json(arguments.json, dataclasses.asdict(step) | seen | {"conditions": conditions(device)})
 
 
+def gpu_at_hand() -> tuple[GpuKind | None, str | None]:
+    """Or None, and why there is none."""
+    try:
+        return measured.find_gpu(), None
+    except measured.NoGpu as error:
+        return None, str(error)
+
+
+def predicted_for(arguments: argparse.Namespace, found: GpuKind | None) -> GpuKind:
+    named = arguments.fits or arguments.gpu
+    return GPUS[named] if named else found or GPUS["t4"]
+
+
+def traffic(console: Console, arguments: argparse.Namespace, steps: list[Step]) -> None:
+    gpu = predicted_for(arguments, None if arguments.gpu else gpu_at_hand()[0])
+    reports = []
+    for model, of_model in itertools.groupby(steps, key=lambda step: step.model):
+        with console.status(f"{model}, what its step moves"):
+            reports.append(make_traffic_report(list(of_model), gpu))
+    write_reports(arguments, reports)
+    if len(reports) == 1:
+        print_traffic(console, reports[0])
+    else:
+        print_traffic_overview(console, reports)
+
+
 def report(console: Console, arguments: argparse.Namespace, steps: list[Step]) -> None:
-    found, reason = None, "--predict"
-    if not arguments.predict:
-        try:
-            found = measured.find_gpu()
-        except measured.NoGpu as error:
-            reason = str(error)
-    gpu = GPUS[arguments.fits or arguments.gpu] if arguments.fits or arguments.gpu else found or GPUS["t4"]
+    found, reason = (None, "--predict") if arguments.predict else gpu_at_hand()
+    gpu = predicted_for(arguments, found)
     results: dict[str, dict[str, Result]] = {}
     for step in steps:
         with console.status(f"{step.model}, {step.conv} convolution"):
@@ -177,8 +209,7 @@ def write_files(
 ) -> None:
     """--json of all reports, --timeline and --snapshot of the `results` of the only model."""
     title = f"{arguments.model}, batch {arguments.batch_size}, {arguments.image_size} px, {reports[0]['dtype']}"
-    if arguments.json is not None:
-        write_json(arguments.json, reports[0] if len(reports) == 1 else {"reports": reports})
+    write_reports(arguments, reports)
     if arguments.timeline is not None:
         accounts = {conv: result.account for conv, result in results.items()}
         draw(arguments.timeline, accounts, f"{title}\npredicted, for one {gpu.name}")
@@ -187,6 +218,12 @@ def write_files(
         title = f"{title}, {result.step.conv} convolution, one {gpu.name}"
         with atomic_write(arguments.snapshot) as file:
             snapshot.write(file, history(result.account, gpu, title))
+
+
+def write_reports(arguments: argparse.Namespace, reports: list[dict]) -> None:
+    """--json"""
+    if arguments.json is not None:
+        write_json(arguments.json, reports[0] if len(reports) == 1 else {"reports": reports})
 
 
 def rehearsed(step: Step, gpu: GpuKind) -> Account:

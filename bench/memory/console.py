@@ -1,6 +1,6 @@
 """The report on the console: one table over the convolutions, a bar a phase, a tree of the peak, and words."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -13,6 +13,7 @@ from bench.measure.account import CATEGORIES, INPUT, OPTIMIZER, OUTSIDE, PARAMET
 from bench.measure.predict import DRIVERS_SHARE, MIB, Range, in_mib
 from bench.memory.colours import COLOURS
 
+TRAFFIC = "bytes that a training step moves to and from DRAM,"
 MOST_BRANCHES = 6
 """Modules of one category in the tree; the others are told in one line."""
 LEAST_SHARE = 0.01
@@ -66,22 +67,70 @@ def print_overview(console: Console, reports: Sequence[dict]) -> None:
         console.print(line)
 
 
-def print_heading(console: Console, reports: Sequence[dict]) -> None:
+def print_traffic(console: Console, report: dict) -> None:
+    """What one model's step moves, a line for each kind of operator."""
+    entries = report["convolutions"]
+    print_heading(console, [report], TRAFFIC)
+    table = table_of("what moves it", entries)
+
+    def row(name: str, cell: Callable[[dict], str], *, style: str = "") -> None:
+        table.add_row(name, *(cell(entry) for entry in entries.values()), style=style)
+
+    for name in next(iter(entries.values()))["rows"]:
+        if any(entry["rows"][name] for entry in entries.values()):
+            row(name, lambda entry, name=name: mib(entry["rows"][name]) if entry["rows"][name] else "-")
+    table.add_section()
+    row("all together", lambda entry: mib(entry["total"]), style="bold")
+    if len(entries) > 1:
+        row(f"times {report['reference']}'s", lambda entry: f"{entry['ratio']:.2f}")
+    if any(entry["launchers_buffers"] for entry in entries.values()):
+        table.add_section()
+        row("of it: launchers' buffers", lambda entry: mib(entry["launchers_buffers"]), style="dim")
+    console.print(table)
+    print_traffic_notes(console, report)
+
+
+def print_traffic_overview(console: Console, reports: Sequence[dict]) -> None:
+    """What each model's step moves, all together."""
+    print_heading(console, reports, TRAFFIC)
+    table = table_of("all together", reports[0]["convolutions"])
+    for report in reports:
+        entries = report["convolutions"].values()
+        table.add_row(report["model"], *(mib(entry["total"]) for entry in entries))
+        if len(entries) > 1:
+            table.add_row(f"  times {report['reference']}'s", *(f"{entry['ratio']:.2f}" for entry in entries))
+        table.add_section()
+    console.print(table)
+    print_traffic_notes(console, reports[0])
+
+
+def print_traffic_notes(console: Console, report: dict) -> None:
+    for line in report["notes"]:
+        console.print(escape(line))
+
+
+def print_heading(console: Console, reports: Sequence[dict], what: str = "memory of a training step") -> None:
     first = reports[0]
     console.print(
-        f"[bold]{', '.join(report['model'] for report in reports)}[/bold]: memory of a training step in MiB, batch "
+        f"[bold]{', '.join(report['model'] for report in reports)}[/bold]: {what} in MiB, batch "
         f"{first['batch_size']}, {first['image_size']} px, {first['dtype']}, the write-up's optimiser"
     )
     console.print(f"{first['label']}; for one {first['gpu']['name']}")
 
 
+def table_of(rows: str, convs: Iterable[str]) -> Table:
+    """Without rows yet: a column for their names, and one for each convolution; all four fit 80 characters."""
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column(rows)
+    for conv in convs:
+        table.add_column(conv.replace("-", "-\n"), justify="right")
+    return table
+
+
 def figures(report: dict) -> Table:
     """The table over the convolutions."""
     entries = report["convolutions"]
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("at the peak")
-    for conv in entries:
-        table.add_column(conv, justify="right")
+    table = table_of("at the peak", entries)
 
     def row(name: str, cell: Callable[[dict], str], *, style: str = "") -> None:
         table.add_row(name, *(cell(entry) for entry in entries.values()), style=style)
@@ -96,7 +145,7 @@ def figures(report: dict) -> Table:
     row("allocated, rounded up", lambda entry: span(entry["allocated"]))
     row("reserved by the allocator", lambda entry: span(entry["reserved"]))
     row("+ CUDA context (see below)", lambda entry: span(entry["context"]))
-    row("= the process in nvidia-smi", lambda entry: span(entry["process"]), style="bold")
+    row("= process in nvidia-smi", lambda entry: span(entry["process"]), style="bold")
     if any(entry["largest_batch"] for entry in entries.values()):
         table.add_section()
         row("largest batch that fits", lambda entry: batches(entry["largest_batch"]))

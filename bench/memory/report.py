@@ -44,7 +44,7 @@ def make_report(
         "batch_size": step.batch_size,
         "image_size": step.image_size,
         "num_classes": NUM_CLASSES,
-        "dtype": "float32" if step.amp == "off" else f"float32 with autocast to {step.amp}",
+        "dtype": dtype_of(step),
         "recipe": "writeup",
         "label": PREDICTED,
         "gpu": dataclasses.asdict(gpu),
@@ -94,6 +94,10 @@ def entry(result: Result, reference: Result) -> dict[str, Any]:
 
 def _ranges(prediction: Prediction) -> dict[str, Any]:
     return {field.name: getattr(prediction, field.name) for field in dataclasses.fields(prediction)}
+
+
+def dtype_of(step: Step) -> str:
+    return "float32" if step.amp == "off" else f"float32 with autocast to {step.amp}"
 
 
 def writeup_mib(step: Step) -> int | None:

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from bench.measure.gpus import GPUS
-from bench.report_card.card import DTYPES, OPERATIONS, Row, dtype_name, row
+from bench.report_card.card import DTYPES, FUSED, OPERATIONS, Row, dtype_name, row
 from kernels.geometry import ConvGeometry
 from train.cli import UserError
 from train.files import write_json
@@ -128,7 +128,7 @@ def _what_is_wrong(told: dict[str, Any]) -> str | None:
     if not isinstance(told.get("factors"), dict) or not told["factors"]:
         return '"factors" holds no factor'
     for op, of_dtypes in told["factors"].items():
-        if op not in OPERATIONS or not isinstance(of_dtypes, dict):
+        if op not in (*OPERATIONS, *FUSED) or not isinstance(of_dtypes, dict):
             return f'"factors" of {op!r}: operations are {", ".join(OPERATIONS)}'
         for dtype, found in of_dtypes.items():
             if dtype not in DTYPES:

@@ -20,6 +20,7 @@ from bench.measure.occupancy import Occupancy, occupancy, waves
 from bench.measure.work import (
     Work,
     compulsory_bytes,
+    unfused,
     useful_multiply_adds,
     work_of,
     zero_insertion_multiply_adds,
@@ -29,6 +30,8 @@ from kernels.geometry import ConvGeometry
 from kernels.runtime import Launch, launches_ahead
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
+FUSED = ("forward_relu", "input_grad_masked", "weight_grad_masked")
+"""The same of a convolution and the ReLU after it, whose gradients load its result as a mask."""
 
 # What --dtype takes: (dtype, precision).
 DTYPES = {
@@ -155,7 +158,7 @@ class Row:
 
 
 def row(op: str, layer: ConvGeometry | Layer, dtype: torch.dtype, precision: str, arch: str) -> Row:
-    """The row of "forward", "input_grad" or "weight_grad" of `layer` on the GPU of `arch`, as "sm_80".
+    """The row of one of OPERATIONS or FUSED of `layer` on the GPU of `arch`, as "sm_80".
 
     Raises what `kernels.runtime.launches_ahead` does, and KeyError for an architecture of no known GPU.
     """
@@ -178,7 +181,7 @@ def row(op: str, layer: ConvGeometry | Layer, dtype: torch.dtype, precision: str
     launch, work, code, slowest = launches[main], works[main], codes[main], bounds[main]
     held = held_by(gpu, launch, code)
     in_waves = waves(blocks=work.programs, held=held, multiprocessors=gpu.multiprocessors) if held.blocks else None
-    is_strided = op == "input_grad" and max(g.SH, g.SW) > 1
+    is_strided = unfused(op) == "input_grad" and max(g.SH, g.SW) > 1
     return Row(
         op=op,
         layer=name or name_of(g.w_shape),

@@ -11,7 +11,7 @@ from bench.measure.gpus import GPUS
 from bench.report_card import console as shown
 from bench.report_card.calibration import Calibration
 from bench.report_card.calibration import read as read_calibration
-from bench.report_card.card import DTYPES, OPERATIONS, Row, row
+from bench.report_card.card import DTYPES, FUSED, OPERATIONS, Row, row
 from bench.report_card.figure import draw
 from bench.report_card.report import compare, make_report, read_report
 from bench.shapes import Layer, conv_layers, name_of
@@ -61,7 +61,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--layer", nargs="+", metavar="NAME", help='of the models\' layers these alone, as "conv3x3-64"')
     add("--arch", nargs="+", choices=list(GPUS), default=list(DEFAULT_ARCHS), metavar="ARCH",
         help=f"GPUs: {archs} ({' '.join(DEFAULT_ARCHS)})")
-    add("--op", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), help="operations (all)")
+    operations = (*OPERATIONS, *FUSED)
+    add("--op", nargs="+", choices=operations, default=list(OPERATIONS), metavar="OP",
+        help=f"operations: {', '.join(operations)} (the first {len(OPERATIONS)})")
     add("--dtype", nargs="+", choices=list(DTYPES), default=["fp16"], help="what is multiplied (fp16)")
     add("--batch-size", type=whole, default=writeup.BATCH_SIZE, metavar="N", help="images, of models (256)")
     add("--image-size", type=number(int, least=8), default=writeup.IMAGE_SIZE, metavar="N", help="side in pixels (128)")

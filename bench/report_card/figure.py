@@ -9,11 +9,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.measure.bound import LABEL
 from bench.measure.gpus import GPUS
-from bench.report_card.card import DTYPES, OPERATIONS, Row
+from bench.report_card.card import DTYPES, FUSED, OPERATIONS, Row
 from train.files import atomic_write
 
-MARKS = dict(zip(OPERATIONS, "os^", strict=True))
-SIZES = dict(zip(OPERATIONS, (9, 6, 5), strict=True))
+MARKS = dict(zip((*OPERATIONS, *FUSED), "os^Dpv", strict=True))
+SIZES = dict(zip((*OPERATIONS, *FUSED), (9, 6, 5, 9, 6, 5), strict=True))
 """Hollow and of several sizes, so that operations with the same figures are all seen."""
 LINES = dict(zip(DTYPES, ("-", "--", "-.", ":", (0, (1, 3))), strict=True))
 COLOURS = {

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import prod
 
+from bench.measure.work import unfused
 from bench.report_card.card import DTYPES, OPERATIONS, Row
 from kernels.runtime import MULTIPROCESSORS
 from kernels.tiles import LEAST_STEPS
@@ -32,10 +33,11 @@ class Target:
     reason: str
 
 
-PIXELS = ("forward", "input_grad")
+PIXELS = ("forward", "forward_relu", "input_grad")
 
 # Of several that a row falls under, the one with the most channels holds. Layers with a stride, with fewer than 64
-# channels, with groups, and those whose loop is unrolled have none: they are reported.
+# channels, with groups, and those whose loop is unrolled have none: they are reported. So are those with a mask, which
+# is compared and selected by in the loop.
 TARGETS = (
     Target(
         ops=PIXELS, arch="sm_80", dtypes=HALF, channels=64, most=1.25,
@@ -90,7 +92,7 @@ def _misses(row: Row) -> Iterator[tuple[str, str]]:
             yield "loads", f"global loads of {min(row.global_loads, default=0)} bytes"
     if pipelines(row) and may_load_vectors(row) and not row.copies_in_flight:
         yield "copies", "no copies in flight"
-    if row.op == "weight_grad" and row.programs < MULTIPROCESSORS[row.arch] and could_be_split(row):
+    if unfused(row.op) == "weight_grad" and row.programs < MULTIPROCESSORS[row.arch] and could_be_split(row):
         yield "wave", f"{row.programs} programs for {MULTIPROCESSORS[row.arch]} multiprocessors"
     target = target_of(row)
     figure = target and getattr(row, target.per)
