@@ -83,6 +83,7 @@ def summarise(
         "model": settings.model,
         "conv": settings.conv,
         "backend": backend_of(settings.conv, device),
+        "fused": settings.conv == "triton" and settings.fuse,
         "device": device_name(device),
         "processes": processes,
         "data": settings.data,
@@ -134,7 +135,8 @@ def print_summary(console: Console, summary: dict[str, Any], folder: Path) -> No
     table = Table(box=box.ROUNDED, show_header=False, title=f"{summary['model']}, {summary['conv']} convolution")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("convolutions", describe_backend(summary["backend"], summary["device"]))
+    fused = "; ReLU, max-pool and norm fused with them" if summary.get("fused") else ""  # earlier versions lack it
+    table.add_row("convolutions", describe_backend(summary["backend"], summary["device"]) + fused)
     if attack := summary.get("adversarial"):  # which summaries of earlier versions lack
         table.add_row("adversarial training", describe_attack(attack))
     best = f"best {summary['best_val_top1']:.2f}%, epoch {summary['best_epoch']}"
