@@ -213,14 +213,32 @@ MASKED = {
         Tile(M=128, N=64, K=16, parts=2, num_warps=8, num_stages=3),
     ("input_grad", 120, 130, Tile(M=128, N=64, K=32, num_warps=4, num_stages=3)):
         Tile(M=128, N=64, K=16, parts=2, num_warps=8, num_stages=3),
-    ("input_grad", 80, 130, Tile(M=64, N=32, K=32, num_warps=2, num_stages=2)):
+    ("input_grad", 80, 100, Tile(M=64, N=32, K=32, num_warps=2, num_stages=2)):
+        Tile(M=64, N=32, K=16, num_warps=2, num_stages=2),
+    ("input_grad", 120, 130, Tile(M=64, N=32, K=32, num_warps=2, num_stages=2)):
         Tile(M=64, N=32, K=16, num_warps=2, num_stages=2),
     ("input_grad", 80, 130, Tile(M=64, N=64, K=16, num_warps=8, num_stages=2)):
         Tile(M=64, N=64, K=16, num_warps=8, num_stages=1),
-    ("input_grad", 100, 120, Tile(M=256, N=16, K=16, num_warps=4, num_stages=2)):
+    ("forward", 100, 120, Tile(M=256, N=16, K=16, num_warps=4, num_stages=2)):
         Tile(M=256, N=16, K=16, num_warps=8, num_stages=2),
-    ("weight_grad", 80, 90, Tile(M=128, N=64, K=16, num_warps=4, num_stages=2)):
+    ("weight_grad", 80, 86, Tile(M=128, N=64, K=16, num_warps=4, num_stages=2)):
         Tile(M=64, N=64, K=16, num_warps=2, num_stages=3),
+    ("weight_grad", 86, 90, Tile(M=128, N=64, K=16, num_warps=4, num_stages=2)):
+        Tile(M=64, N=64, K=16, num_warps=2, num_stages=2),
+    ("weight_grad", 100, 130, Tile(M=128, N=64, K=16, num_warps=4, num_stages=2)):
+        Tile(M=64, N=64, K=16, num_warps=2, num_stages=2),
+    ("input_grad", 100, 120, Tile(M=64, N=32, K=32, num_warps=2, num_stages=2)):
+        Tile(M=64, N=32, K=16, num_warps=4, num_stages=2),
+    ("input_grad", 120, 130, Tile(M=128, N=128, K=32, num_warps=8, num_stages=3)):
+        Tile(M=128, N=128, K=16, num_warps=8, num_stages=3),
+    ("input_grad", 100, 120, Tile(M=128, N=64, K=64, num_warps=4, num_stages=3)):
+        Tile(M=128, N=64, K=32, num_warps=4, num_stages=3),
+    ("weight_grad", 100, 130, Tile(M=32, N=64, K=64, num_warps=4, num_stages=3)):
+        Tile(M=32, N=64, K=32, num_warps=4, num_stages=3),
+    ("weight_grad", 86, 90, Tile(M=128, N=128, K=64, num_warps=8, num_stages=3)):
+        Tile(M=64, N=64, K=64, num_warps=2, num_stages=3),
+    ("weight_grad", 86, 90, Tile(M=64, N=64, K=16, num_warps=2, num_stages=3)):
+        Tile(M=64, N=64, K=16, num_warps=2, num_stages=2),
 }  # fmt: skip
 
 MASK = "_masked"

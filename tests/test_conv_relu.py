@@ -77,7 +77,8 @@ def test_without_bias():
 
 
 def test_values_are_those_of_the_convolution_bit_for_bit():
-    x, w, b = (random(*shape, dtype=torch.float32, seed=i) for i, shape in enumerate(((2, 5, 9, 9), (7, 5, 3, 3), (7,))))
+    shapes = (2, 5, 9, 9), (7, 5, 3, 3), (7,)
+    x, w, b = (random(*shape, dtype=torch.float32, seed=seed) for seed, shape in enumerate(shapes))
     assert torch.equal(conv_relu(x, w, b), conv2d(x, w, b).relu())
 
 
@@ -88,8 +89,9 @@ def test_nan_passes_in_both_directions_as_in_pytorch():
     actual, expected = results(conv_relu, x, w, b, None), results(chain, x, w, b, None)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
+    actual = [result.cpu() for result in actual]
     assert actual[0].isnan().sum() == 3
-    assert actual[1][0, 0, 1, 1] == pytest.approx(w[:, 0].sum().item(), rel=1e-5), "the gradient at NaN did not pass"
+    assert actual[1][0, 0, 1, 1].item() == pytest.approx(w[:, 0].sum().item(), rel=1e-5), "NaN's gradient did not pass"
 
 
 def test_infinite_gradients_stay_where_the_mask_lets_nothing_through():
@@ -115,7 +117,9 @@ def test_gradcheck_of_both_orders_and_forward_mode(groups):
     assert torch.autograd.gradgradcheck(call, (x, w, b))
 
 
-@pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, None), (0, 0, 0), (1, None, 0)])
+@pytest.mark.parametrize(
+    "in_dims", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, None), (0, 0, 0), (1, None, 0)], ids=str
+)
 def test_vmap_of_value_and_gradient(in_dims):
     shapes = (2, 4, 5, 6), (8, 4, 3, 3), (8,)
     operands = []

@@ -1,4 +1,4 @@
-"""The three convolutions, and the fused one unfused, train alike: the same seed gives the same loss curve, to rounding."""
+"""The convolutions, ours fused and unfused, train alike: the same seed gives the same loss curve, to rounding."""
 
 import csv
 import dataclasses
