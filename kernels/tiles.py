@@ -226,7 +226,7 @@ MASKED = {
     ("weight_grad", 86, 90, Tile(M=128, N=64, K=16, num_warps=4, num_stages=2)):
         Tile(M=64, N=64, K=16, num_warps=2, num_stages=2),
     ("weight_grad", 100, 130, Tile(M=128, N=64, K=16, num_warps=4, num_stages=2)):
-        Tile(M=64, N=64, K=16, num_warps=2, num_stages=2),
+        Tile(M=64, N=64, K=16, num_warps=4, num_stages=2),
     ("input_grad", 100, 120, Tile(M=64, N=32, K=32, num_warps=2, num_stages=2)):
         Tile(M=64, N=32, K=16, num_warps=4, num_stages=2),
     ("input_grad", 120, 130, Tile(M=128, N=128, K=32, num_warps=8, num_stages=3)):
@@ -235,7 +235,7 @@ MASKED = {
         Tile(M=128, N=64, K=32, num_warps=4, num_stages=3),
     ("weight_grad", 100, 130, Tile(M=32, N=64, K=64, num_warps=4, num_stages=3)):
         Tile(M=32, N=64, K=32, num_warps=4, num_stages=3),
-    ("weight_grad", 86, 90, Tile(M=128, N=128, K=64, num_warps=8, num_stages=3)):
+    ("weight_grad", 80, 90, Tile(M=128, N=128, K=64, num_warps=8, num_stages=3)):
         Tile(M=64, N=64, K=64, num_warps=2, num_stages=3),
     ("weight_grad", 86, 90, Tile(M=64, N=64, K=16, num_warps=2, num_stages=3)):
         Tile(M=64, N=64, K=16, num_warps=2, num_stages=2),
