@@ -126,7 +126,7 @@ class Conv2d(nn.Conv2d):
     ) -> torch.Tensor:
         """The convolution, then `norm`, then ReLU, where they are asked for; see `fuse`.
 
-        A norm that uses its running statistics is folded into weight and bias:
+        A norm of so many channels that uses its running statistics is folded into weight and bias:
 
             norm(conv(x, w) + b) = conv(x, w*s) + (b - mean)*s + beta     s = gamma / sqrt(var + eps), a channel each
 
@@ -135,7 +135,8 @@ class Conv2d(nn.Conv2d):
         """
         if norm is None:
             return self._convolve(input, self.weight, self.bias, relu)
-        if norm.training or norm.running_mean is None:
+        fits = input.dim() == 4 and norm.num_features == self.out_channels  # or the norm is to say what does not
+        if norm.training or norm.running_mean is None or not fits:
             y = norm(self._convolve(input, self.weight, self.bias, False))
             return relu_(y) if relu else y
         return self._convolve(input, *_folded(self.weight, self.bias, norm), relu)

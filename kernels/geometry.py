@@ -318,8 +318,6 @@ class PoolGeometry:
             )
         if max(DH * (R - 1), DW * (S - 1), R * S) >= 2**30:
             raise RuntimeError(f"max_pool2d: a window of {(R, S)} with dilation {(DH, DW)} spans 2**30 pixels or more")
-        # A stride beyond the padded image leaves one output pixel; capped, it fits a kernel's integers.
-        SH, SW = min(SH, H + 2 * PH), min(SW, W + 2 * PW)
         P = _outputs(H, R, SH, PH, DH, ceil_mode)
         Q = _outputs(W, S, SW, PW, DW, ceil_mode)
         if P < 1 or Q < 1:
@@ -327,6 +325,8 @@ class PoolGeometry:
                 f"max_pool2d: Given input size: ({C}x{H}x{W}). Calculated output size: ({C}x{P}x{Q}). "
                 "Output size is too small"
             )
+        # A stride beyond the padded image leaves one output pixel; capped, it fits a kernel's integers.
+        SH, SW = min(SH, H + 2 * PH), min(SW, W + 2 * PW)
         if _misses(H, P, SH, PH, DH) or _misses(W, Q, SW, PW, DW):
             raise RuntimeError(
                 f"max_pool2d: a window of {(R, S)} with padding {(PH, PW)} and dilation {(DH, DW)} holds no pixel of "

@@ -10,6 +10,8 @@ from kernels.geometry import PoolGeometry, window
 from kernels.pool_ops import pooling
 from kernels.runtime import DTYPES
 
+_NO_INDICES = "MaxPool2d: return_indices=True; the kernels keep places within a window only"
+
 
 def max_pool2d(
     input: torch.Tensor,
@@ -77,9 +79,11 @@ class MaxPool2d(nn.MaxPool2d):
         ceil_mode: bool = False,
     ) -> None:
         if return_indices:
-            raise NotImplementedError("MaxPool2d: return_indices=True; the kernels keep places within a window only")
+            raise NotImplementedError(_NO_INDICES)
         super().__init__(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
 
     def forward(self, input: torch.Tensor, *, relu: bool = False) -> torch.Tensor:
         """The pooled input, or with `relu` the pooled ReLU of it."""
+        if self.return_indices:
+            raise NotImplementedError(_NO_INDICES)
         return max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, relu=relu)

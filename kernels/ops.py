@@ -21,39 +21,19 @@ Four raw operators, `torch.ops.conv_lab.{forward, input_grad, weight_grad, bias_
 route. All tensors of one call share dtype and device; geometry arguments are pairs (rows, columns), in pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import runtime
 from kernels.batching import W, X, Y, as_one, scaled
 from kernels.bias_grad import bias_grad
 from kernels.forward import forward
 from kernels.geometry import ConvGeometry
 from kernels.input_grad import input_grad
+from kernels.operators import is_channels_last, layout_of, like, operator
 from kernels.weight_grad import weight_grad
-
-
-def is_channels_last(tensor: torch.Tensor) -> bool:
-    """Whether a 4-D tensor's strides say channels-last, by PyTorch's rule for shapes that would fit both layouts."""
-    floor = 0
-    for axis in (1, 3, 2, 0):
-        stride = tensor.stride(axis)
-        if tensor.size(axis) == 0 or stride < floor or (axis == 0 and floor == tensor.stride(1)):
-            return False
-        floor = stride * max(tensor.size(axis), 1)
-    return True
-
-
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _like(tensor: torch.Tensor, shape: Sequence[int], channels_last: bool) -> torch.Tensor:
-    """What a launcher would return, without its values."""
-    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=_format(channels_last))
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -72,13 +52,13 @@ def _launch_forward(
     relu: bool = False,
 ) -> torch.Tensor:
     geometry = ConvGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
-    layout = _format(is_channels_last(x) or is_channels_last(w))
+    layout = layout_of(is_channels_last(x) or is_channels_last(w))
     return forward(x, w, bias, geometry, relu=relu, precision=_precision(x.dtype), memory_format=layout)
 
 
 def _forward_like(x, w, bias, stride, padding, dilation, groups, relu=False):
     geometry = ConvGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
-    return _like(x, geometry.y_shape, is_channels_last(x) or is_channels_last(w))
+    return like(x, geometry.y_shape, is_channels_last(x) or is_channels_last(w))
 
 
 def _launch_input_grad(
@@ -93,12 +73,12 @@ def _launch_input_grad(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     geometry = ConvGeometry.of(x_shape, w.shape, stride, padding, dilation, groups)
-    layout = _format(channels_last)
+    layout = layout_of(channels_last)
     return input_grad(dy, w, geometry, mask=mask, precision=_precision(dy.dtype), memory_format=layout)
 
 
 def _input_grad_like(dy, w, x_shape, stride, padding, dilation, groups, channels_last, mask=None):
-    return _like(dy, x_shape, channels_last)
+    return like(dy, x_shape, channels_last)
 
 
 def _launch_weight_grad(
@@ -113,12 +93,12 @@ def _launch_weight_grad(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     geometry = ConvGeometry.of(x.shape, w_shape, stride, padding, dilation, groups)
-    layout = _format(channels_last)
+    layout = layout_of(channels_last)
     return weight_grad(dy, x, geometry, mask=mask, precision=_precision(dy.dtype), memory_format=layout)
 
 
 def _weight_grad_like(dy, x, w_shape, stride, padding, dilation, groups, channels_last, mask=None):
-    return _like(dy, w_shape, channels_last)
+    return like(dy, w_shape, channels_last)
 
 
 def _launch_bias_grad(dy: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -129,21 +109,10 @@ def _bias_grad_like(dy, mask=None):
     return dy.new_empty(dy.shape[1])
 
 
-def _operator(name: str, launch: Callable, like: Callable) -> Callable:
-    """The raw operator; fake, it takes the buffers of a launch where one is planned, and else just returns its like."""
-    operator = torch.library.custom_op(f"conv_lab::{name}", launch, mutates_args=())
-
-    @operator.register_fake
-    def _(tensor: torch.Tensor, *rest: object) -> torch.Tensor:
-        return launch(tensor, *rest) if runtime.is_planned(tensor) else like(tensor, *rest)
-
-    return operator
-
-
-forward_op = _operator("forward", _launch_forward, _forward_like)
-input_grad_op = _operator("input_grad", _launch_input_grad, _input_grad_like)
-weight_grad_op = _operator("weight_grad", _launch_weight_grad, _weight_grad_like)
-bias_grad_op = _operator("bias_grad", _launch_bias_grad, _bias_grad_like)
+forward_op = operator("forward", _launch_forward, _forward_like)
+input_grad_op = operator("input_grad", _launch_input_grad, _input_grad_like)
+weight_grad_op = operator("weight_grad", _launch_weight_grad, _weight_grad_like)
+bias_grad_op = operator("bias_grad", _launch_bias_grad, _bias_grad_like)
 
 
 class Convolution(torch.autograd.Function):

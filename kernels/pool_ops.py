@@ -19,7 +19,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from kernels.geometry import PoolGeometry
-from kernels.ops import _format, _like, _operator, is_channels_last
+from kernels.operators import is_channels_last, layout_of, like, operator
 from kernels.pool import index_dtype, max_pool, max_pool_grad, max_pool_take
 
 
@@ -33,12 +33,12 @@ def _launch_max_pool(
     relu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     geometry = PoolGeometry.of(x.shape, kernel_size, stride, padding, dilation, ceil_mode)
-    return max_pool(x, geometry, relu=relu, memory_format=_format(is_channels_last(x)))
+    return max_pool(x, geometry, relu=relu, memory_format=layout_of(is_channels_last(x)))
 
 
 def _max_pool_like(x, kernel_size, stride, padding, dilation, ceil_mode, relu):
     geometry = PoolGeometry.of(x.shape, kernel_size, stride, padding, dilation, ceil_mode)
-    y = _like(x, geometry.y_shape, is_channels_last(x))
+    y = like(x, geometry.y_shape, is_channels_last(x))
     return y, torch.empty_like(y, dtype=index_dtype(geometry), memory_format=torch.channels_last)
 
 
@@ -54,11 +54,11 @@ def _launch_max_pool_grad(
     channels_last: bool,
 ) -> torch.Tensor:
     geometry = PoolGeometry.of(x_shape, kernel_size, stride, padding, dilation, ceil_mode)
-    return max_pool_grad(dy, index, geometry, memory_format=_format(channels_last))
+    return max_pool_grad(dy, index, geometry, memory_format=layout_of(channels_last))
 
 
 def _max_pool_grad_like(dy, index, x_shape, kernel_size, stride, padding, dilation, ceil_mode, channels_last):
-    return _like(dy, x_shape, channels_last)
+    return like(dy, x_shape, channels_last)
 
 
 def _launch_max_pool_take(
@@ -72,16 +72,16 @@ def _launch_max_pool_take(
     channels_last: bool,
 ) -> torch.Tensor:
     geometry = PoolGeometry.of(ddx.shape, kernel_size, stride, padding, dilation, ceil_mode)
-    return max_pool_take(ddx, index, geometry, memory_format=_format(channels_last))
+    return max_pool_take(ddx, index, geometry, memory_format=layout_of(channels_last))
 
 
 def _max_pool_take_like(ddx, index, kernel_size, stride, padding, dilation, ceil_mode, channels_last):
-    return _like(ddx, index.shape, channels_last)
+    return like(ddx, index.shape, channels_last)
 
 
-max_pool_op = _operator("max_pool", _launch_max_pool, _max_pool_like)
-max_pool_grad_op = _operator("max_pool_grad", _launch_max_pool_grad, _max_pool_grad_like)
-max_pool_take_op = _operator("max_pool_take", _launch_max_pool_take, _max_pool_take_like)
+max_pool_op = operator("max_pool", _launch_max_pool, _max_pool_like)
+max_pool_grad_op = operator("max_pool_grad", _launch_max_pool_grad, _max_pool_grad_like)
+max_pool_take_op = operator("max_pool_take", _launch_max_pool_take, _max_pool_take_like)
 
 
 class MaxPool(torch.autograd.Function):

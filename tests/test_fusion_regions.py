@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from fusible import Block, assert_alike, images, is_fused
 from torch import Tensor, fx, nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from kernels import Conv2d, fuse, fusion_report
@@ -232,3 +233,72 @@ def test_a_fused_model_is_freed_when_it_is_dropped():
         assert there() is None
     finally:
         gc.enable()
+
+
+class _InPlace(nn.Module):
+    """Forwards that change a value in place, or look whether it has something."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.mix = Conv2d(3, 3, 3, padding=1).double(), Conv2d(3, 3, 1).double()
+        self.norm = nn.BatchNorm2d(3).double()
+        self.way = way
+
+    def forward(self, x):
+        return getattr(self, self.way)(x)
+
+    def skip_is_the_sum(self, x):
+        out = functional.relu(self.conv(x))
+        skip = out
+        out += x
+        return functional.relu(self.mix(out)) + skip
+
+    def copy_is_changed(self, x):
+        x = x.clone()
+        same = x
+        same *= 2
+        return functional.relu(self.conv(x))
+
+    def asks_for_an_attribute(self, x):
+        return functional.relu(self.conv(x)) if hasattr(x, "no_tensor_has_it") else self.conv(x)
+
+    def statistics_before_the_norm(self, x):
+        y = self.conv(x)
+        before = self.norm.running_mean * 1
+        return functional.relu(self.norm(y)) + before[:, None, None]
+
+
+@pytest.mark.parametrize(
+    "way", ["skip_is_the_sum", "copy_is_changed", "asks_for_an_attribute", "statistics_before_the_norm"]
+)
+def test_what_a_value_is_called_does_not_decide_what_it_is(way):
+    torch.manual_seed(0)
+    model = _InPlace(way)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(images())
+        torch.testing.assert_close(fuse(copy.deepcopy(model))(images()), expected)
+
+
+def test_an_argument_that_is_added_to_is_the_callers():
+    class Adds(_InPlace):
+        def forward(self, x, total):
+            total += functional.relu(self.conv(x))
+            return total.sum()
+
+    model, total = fuse(Adds("")), torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert is_fused(model, images(), total)
+        assert model(images(), total) == total.sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "error"),
+    [
+        (lambda: nn.Sequential(Conv2d(3, 1, 3), nn.BatchNorm2d(4)), (2, 3, 8, 8), "running_mean should contain 1"),
+        (lambda: nn.Sequential(Conv2d(3, 4, 3), nn.BatchNorm2d(4)), (3, 8, 8), "expected 4D input"),
+    ],
+    ids=["other-channels", "unbatched"],
+)
+def test_a_norm_that_does_not_fit_says_so_in_evaluation_too(model, shape, error):
+    with pytest.raises((RuntimeError, ValueError), match=error):
+        fuse(model().eval())(torch.zeros(shape))

@@ -19,7 +19,7 @@ from bench.measure import sass
 from kernels import pool, runtime
 from kernels.geometry import PoolGeometry
 from kernels.max_pool2d import MaxPool2d, max_pool2d
-from kernels.ops import is_channels_last
+from kernels.operators import is_channels_last
 from kernels.runtime import DTYPES, compile_ahead, launches_ahead
 
 pytestmark = pytest.mark.on_device
@@ -377,3 +377,16 @@ def test_sizes_of_one_and_more_pixels_than_an_int_holds_compile(op):
     for shape in ((1, 1, 1, 1), (1, 20, 3, 5), (2**17, 8, 128, 128)):
         (launch,) = launches_ahead(op, shape, (shape[1], shape[1], 1, 1), stride=1)
         assert launch.arguments["INDEX"] == (tl.int64 if shape[0] > 1 else tl.int32)
+
+
+def test_a_ceiled_window_larger_than_the_image_is_its_whole():
+    x = random(1, 2, 2, 4, dtype=torch.float32, seed=1)
+    ours, theirs = (pool(x, (4, 3), ceil_mode=True) for pool in (max_pool2d, F.max_pool2d))
+    assert torch.equal(ours, theirs)
+
+
+def test_indices_asked_for_later_are_refused():
+    pool = MaxPool2d(2)
+    pool.return_indices = True
+    with pytest.raises(NotImplementedError, match="return_indices"):
+        pool(torch.zeros(1, 1, 4, 4))

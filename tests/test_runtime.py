@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import weakref
+from math import prod
 
 import pytest
 import torch
@@ -181,13 +182,15 @@ def test_a_planned_launch_takes_the_buffers_of_a_real_one_in_its_order(layout, o
         pytest.param({"w": (64, 1, 3, 3), "groups": 64}, id="depthwise"),
     ],
 )
-def test_a_launch_planned_for_a_gpu_takes_its_split_k_workspace(options, dtype):
+def test_a_launch_planned_for_a_gpu_takes_its_split_k_workspaces(options, dtype):
     seen = announced("meta", torch.channels_last, H100, x=(64, 64, 16, 16), dtype=dtype, **options)
-    ((_, shape, _, nbytes),) = [buffer for buffer in seen if buffer[0] == "split-K workspace"]
+    of_weight, of_bias = [buffer for buffer in seen if buffer[0] == "split-K workspace"]
     co, ci, r, s = options["w"]
-    assert shape == (shape[0], co, r, s, ci)
-    assert shape[0] > 1
-    assert nbytes == shape[0] * co * r * s * ci * (8 if dtype == torch.float64 else 4)
+    for (_, shape, _, nbytes), summed in ((of_weight, (co, r, s, ci)), (of_bias, (co, 1, 1, 1))):
+        splits, *rest = shape
+        assert tuple(rest) == summed
+        assert splits > 1
+        assert nbytes == prod(shape) * (8 if dtype == torch.float64 else 4)
 
 
 def test_only_meta_tensors_under_planning_are_planned():

@@ -96,8 +96,8 @@ class Rewriter:
     def _from_convolution(self, conv: _Part) -> list[_Part]:
         chain = [conv]
         norm = self._next(conv, "norm")
-        # A norm that is called elsewhere too must be called in the same order: its running mean remembers it.
-        if norm and (conv.node.next is norm.node or [p.name for p in self.parts.values()].count(norm.name) == 1):
+        # Nothing may come between: another call of the norm, or what reads or writes its statistics.
+        if norm and conv.node.next is norm.node:
             chain.append(norm)
         if relu := self._next(chain[-1], "relu"):
             chain.append(relu)

@@ -22,8 +22,9 @@ def fuse(model: nn.Module) -> nn.Module:
     Only our convolutions take part: `swap_conv2d` first. Fuse before `torch.compile` and data-parallel wrappers. Parts
     where a child, a hook or an attribute changes later run unfused until fused again. Not noticed, so fuse again, are
     changes inside an attribute deeper than the items of a list, dict or set, of globals, and of a parameter or buffer
-    from or to None. What a forward does besides computing its result (printing, counting in a global) happens unfused
-    only. While this runs, no other thread may call modules: tracing replaces methods of nn.Module.
+    from or to None. Hooks on all modules at once (`register_module_forward_hook`) see no module that is fused away.
+    What a forward does besides computing its result (printing, counting in a global) happens unfused only. While this
+    runs, no other thread may call modules: tracing replaces methods of nn.Module.
     """
     found = _analyse(model)
     for module in list(model.modules()):

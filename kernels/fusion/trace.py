@@ -4,6 +4,7 @@ Nothing runs and nothing stays changed: whatever a forward did to its modules or
 """
 
 import inspect
+import operator
 import random
 import sys
 import textwrap
@@ -144,6 +145,21 @@ class _Proxy(fx.Proxy):
         if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
             return _Proxy
         raise Untraceable("asks for the type of a value")
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        """What a tensor lacks, a value lacks too: `hasattr` of a proxy would be true of anything."""
+        if not hasattr(torch.Tensor, name):
+            raise AttributeError(f"a value of a trace has no {name}")
+        return super().__getattr__(name)
+
+
+def _in_place(function: Callable) -> Callable:
+    return lambda value, other: value.tracer.create_proxy("call_function", function, (value, other), {})
+
+
+# fx would record x += y as x = x + y, and whoever else holds x would keep its old value.
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
 
 
 class _Tracer(fx.Tracer):
