@@ -40,7 +40,6 @@ RECORDED = {
     ("simplevit", "triton"): (1002.7, 1130),
     ("resnet18", "torch"): (1991.3, 3576),
     ("resnet18", "unfold"): (4448.1, 7172),
-    ("resnet18", "triton"): (1608.0, 2202),
     ("resnet18", "triton-unfused"): (1966.5, 2670),
 }
 
