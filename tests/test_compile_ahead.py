@@ -41,6 +41,9 @@ ODD_CONVOLUTIONS = {  # compiled; a spill is for the report card to tell
     "9x9-more-taps-than-bits": ((8, 32, 32, 32), (32, 32, 9, 9), {"padding": 4}),
 }
 
+OTHERS = [name for name in CONVOLUTIONS | ODD_CONVOLUTIONS if name != "3x3-64"]
+
+
 def assert_compiles(op, convolution, dtype, precision, arch):
     x_shape, w_shape, geometry = (CONVOLUTIONS | ODD_CONVOLUTIONS | DEPTHWISE)[convolution]
     compiled = compile_ahead(op, x_shape, w_shape, dtype=dtype, precision=precision, arch=arch, **geometry)
@@ -100,10 +103,19 @@ def test_every_kernel_compiles_without_spills(op, dtype, precision, arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "precision"), PRECISIONS)
-@pytest.mark.parametrize("op", [*OPERATIONS, *MASKED])
-@pytest.mark.parametrize("convolution", [name for name in CONVOLUTIONS | ODD_CONVOLUTIONS if name != "3x3-64"])
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("convolution", OTHERS)
 def test_every_kind_of_convolution_compiles(convolution, op, dtype, precision, arch):
     assert_compiles(op, convolution, dtype, precision, arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)  # the others are the gate's
+@pytest.mark.parametrize("op", MASKED)
+@pytest.mark.parametrize("convolution", OTHERS)
+def test_every_kind_of_convolution_compiles_beside_a_mask(convolution, op, dtype, arch):
+    assert_compiles(op, convolution, dtype, "ieee", arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -202,8 +214,13 @@ def test_unknown_names_are_refused():
 
 
 @pytest.mark.parametrize("arch", list(runtime.COMPUTE_UNITS))
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("op", [*OPERATIONS, *(pytest.param(op, marks=pytest.mark.slow) for op in FUSED)])
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [
+        *((op, dtype) for op in OPERATIONS for dtype in (torch.float16, torch.float32, torch.float64)),
+        *(pytest.param(op, torch.float32, marks=pytest.mark.slow) for op in FUSED),
+    ],
+)
 def test_every_kernel_compiles_for_amd_within_its_shared_memory(op, dtype, arch):
     for shape in (CONVOLUTIONS["3x3-64"], DEPTHWISE["3x3-96"]):
         x_shape, w_shape, geometry = shape
