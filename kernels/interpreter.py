@@ -127,7 +127,7 @@ def _load_runs(
     runs = addresses.runs(dtype.itemsize) if isinstance(addresses, Addresses) else None
     passing = separable(valid, runs[0]) if runs else None
     filler = np.zeros(1, dtype) if other is None else compact(other.data)
-    if passing is None or filler.size > 1:
+    if passing is None or (filler != filler.flat[0]).any():  # a constant that was cast is written out
         return None
     axis, starts = runs
     across, length = passing
@@ -135,7 +135,7 @@ def _load_runs(
     if length == addresses.shape[axis] and across.all():
         rows = memory[places]
     else:
-        rows = np.full((len(starts), addresses.shape[axis]), filler.item(), dtype)
+        rows = np.full((len(starts), addresses.shape[axis]), filler.flat[0], dtype)
         rows[across, :length] = memory[places]
     return rows if axis == 1 else rows.T
 

@@ -103,6 +103,16 @@ def test_infinite_gradients_stay_where_the_mask_lets_nothing_through():
     assert dw.flatten().tolist() == db.tolist() == [4, 0]
 
 
+def test_nor_do_they_pass_where_pytorch_masks():
+    x, w = torch.ones(3, 1, 1, 2, 2), torch.tensor([[[[1.0]]], [[[-1.0]]]])
+    dy = torch.tensor([1.0, torch.inf])[:, None, None].expand(1, 2, 2, 2)
+
+    def gradient(image):
+        return torch.func.vjp(lambda image: conv_relu(image, w), image)[1](dy)[0]
+
+    assert torch.equal(torch.func.vmap(gradient)(x), torch.ones_like(x))
+
+
 def float64_operands():
     shapes = (2, 4, 5, 6), (8, 2, 3, 3), (8,)
     return [random(*shape, dtype=torch.float64, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]

@@ -125,3 +125,17 @@ def test_interpreted_blocks_stay_within_tritons_limit(size, channels):
         for block in (tile.M, tile.N, tile.K):
             assert block & (block - 1) == 0
         assert max(tile.M * tile.N, tile.M * tile.K, tile.K * tile.N) <= tiles.LARGEST_BLOCK
+
+
+def test_a_tile_that_spills_beside_a_mask_has_another():
+    """The gate compiles both; here, that they are chosen where the table says."""
+    geometry = ConvGeometry.of((256, 64, 32, 32), (64, 64, 3, 3), 1, 1)
+    for (_, first, end, spilling), other in tiles.MASKED.items():
+        assert spilling != other
+        assert first < end
+    chosen = {
+        op: tiles.candidates(op, Target("sm_86", 82), geometry, torch.float32, "tf32")[0]
+        for op in ("input_grad", "input_grad_masked")
+    }
+    key = ("input_grad", 86, 90, chosen["input_grad"])
+    assert chosen["input_grad_masked"] == tiles.MASKED[key]

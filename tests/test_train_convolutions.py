@@ -39,6 +39,8 @@ def test_the_first_steps_agree(optimizer, train_run, tmp_path, monkeypatch):
     for conv, flags in VARIANTS.items():
         settings = ("--epochs", 1, "--batch-size", 16, "--limit-train", 96, "--limit-val", 16, "--device", "cpu")
         assert train_run("simplenet", *flags, "--recipe", "quick", *settings, "--out", conv)[0] == 0
+        summary = json.loads((tmp_path / conv / "summary.json").read_text())
+        assert summary["fused"] == (conv == "triton")
     reference = losses(tmp_path / "torch/steps.csv")
     assert len(reference) == len(TOLERANCE[optimizer])
     for conv in VARIANTS.keys() - {"torch"}:

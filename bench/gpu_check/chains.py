@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import models
+from bench.gpu_check.operations import told_of
 from bench.rows import MODEL, SIZES
 from bench.shapes import Layer, timed_layers
 from kernels import runtime
@@ -66,13 +67,7 @@ class Chain:
 
     def row(self) -> dict:
         """As plain types."""
-        layer = self.layer
-        return {
-            "chain": self.name, "dtype": str(self.dtype).removeprefix("torch."), "precision": self.precision,
-            "layer": layer.name, "x_shape": list(layer.x_shape), "w_shape": list(layer.w_shape),
-            "stride": list(layer.stride), "padding": list(layer.padding), "dilation": list(layer.dilation),
-            "groups": layer.groups,
-        }  # fmt: skip
+        return {"chain": self.name} | told_of(self.layer, self.dtype, self.precision)
 
 
 def chains(arch: str) -> list[Chain]:

@@ -44,13 +44,17 @@ class Case:
 
     def row(self) -> dict:
         """As plain types."""
-        layer = self.layer
-        return {
-            "op": self.op, "dtype": str(self.dtype).removeprefix("torch."), "precision": self.precision,
-            "layer": layer.name, "x_shape": list(layer.x_shape), "w_shape": list(layer.w_shape),
-            "stride": list(layer.stride), "padding": list(layer.padding), "dilation": list(layer.dilation),
-            "groups": layer.groups,
-        }  # fmt: skip
+        return {"op": self.op} | told_of(self.layer, self.dtype, self.precision)
+
+
+def told_of(layer: Layer, dtype: torch.dtype, precision: str) -> dict:
+    """A layer's shapes and what it is computed in, as plain types."""
+    return {
+        "dtype": str(dtype).removeprefix("torch."), "precision": precision,
+        "layer": layer.name, "x_shape": list(layer.x_shape), "w_shape": list(layer.w_shape),
+        "stride": list(layer.stride), "padding": list(layer.padding), "dilation": list(layer.dilation),
+        "groups": layer.groups,
+    }  # fmt: skip
 
 
 def cases(arch: str, *, quick: bool) -> list[Case]:
