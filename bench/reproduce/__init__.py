@@ -1,0 +1,9 @@
+"""One command that turns images into the course write-up's report, ours beside theirs.
+
+    plan.py      which commands of the lab are run, in which order: data
+    stages.py    runs them, each once, and remembers how each ended
+    check.py     a command of its own: the convolutions against nn.Conv2d, as the write-up checked its own
+    results.py   what they left behind, read back; what is missing says why
+    sections.py, accuracy.py, cost.py, robustness.py   the report's sections, from that
+    page.py      Markdown and one HTML file of it
+"""
