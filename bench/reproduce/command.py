@@ -37,7 +37,7 @@ examples:
   python -m bench.reproduce --quick           embedded images, a quarter hour
   python -m bench.reproduce --data ~/miniplaces --out runs/report    for a GPU
 
---quick trains 3 epochs on 960 images at 32 px: it shows that everything works
+--quick trains 3 epochs on 640 images at 32 px: it shows that everything works
 and how the report looks; its accuracies are no reproduction. Without it the
 write-up's recipe is followed: days on its Tesla T4. In DIR: REPORT.md,
 REPORT.html (one file, pictures inside), runs/ and what each command printed.

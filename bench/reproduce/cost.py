@@ -1,5 +1,6 @@
 """The report's section on memory: where it goes, and why unfolding takes more."""
 
+import contextlib
 from typing import Any
 
 from bench.measure.predict import MIB
@@ -39,6 +40,7 @@ def memory(results: Results) -> list[str]:
             ("model", "convolution", "live, predicted", "process, T4, predicted", "NVML, measured", "write-up",
              "these trainings, measured"), rows, words=2,
         ),
+        f"These trainings: {kinds(results)}; at their own batch size, image size and data.",
         *why(reports),
         results.figure(TIMELINE, "memory.png", "SimpleNet's live bytes over one step (predicted)"),
     ]  # fmt: skip
@@ -62,15 +64,25 @@ def measured(results: Results, model: str, conv: str) -> str:
 
 
 def trained(results: Results, model: str, conv: str) -> str:
-    """What the run's summary says, with what it is of."""
+    """What the run's summary says, of `kinds`."""
 
     def figure() -> str:
         entry = results.run(run_name(model, conv)).summary["memory"]
         if entry["mib"] is None:
             raise Missing("no sample was taken")
-        return f"{entry['mib']:,.0f} ({entry['kind']})"
+        return f"{entry['mib']:,.0f}"
 
     return cell(figure)
+
+
+def kinds(results: Results) -> str:
+    """What the trainings' figures are of."""
+    found = []
+    for name in NAMES:
+        for conv in CONVOLUTIONS:
+            with contextlib.suppress(Missing):
+                found.append(results.run(run_name(name, conv)).summary["memory"]["kind"])
+    return " or ".join(dict.fromkeys(found)) or "not available: no training ended well"
 
 
 def why(reports: dict[str, Any]) -> list[str]:

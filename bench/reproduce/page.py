@@ -21,6 +21,8 @@ img + em, p > em:only-child { display: block; text-align: center; color: #57606a
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #d0d7de; text-align: left; vertical-align: top; }
 th { background: #f6f8fa; }
+td[style*="right"] { white-space: nowrap; }
+td code { display: block; min-width: 20rem; }
 code { background: #f6f8fa; padding: .1rem .25rem; border-radius: 3px; font-size: .85em; }
 """
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import models
 from train.data import default_image_size
 
-# What --quick cuts: enough that all 15 stages end within 15 minutes on two cores, most of them Triton's interpreter.
-QUICK_EPOCHS, QUICK_TRAIN, QUICK_VAL, QUICK_PIXELS = 3, 960, 500, 32
+# What --quick cuts: enough that all stages end within 15 minutes on two cores, most of them Triton's interpreter.
+QUICK_EPOCHS, QUICK_TRAIN, QUICK_VAL, QUICK_PIXELS = 3, 640, 300, 32
 QUICK_ATTACKED, QUICK_CHECKED = 200, 64
 PRETRAIN_EPOCHS, FURTHER_EPOCHS, QUICK_FURTHER_EPOCHS = 30, 10, 1
 

@@ -47,9 +47,10 @@ def make_markdown(results: Results, stages: Sequence[Stage], about: dict[str, An
 def opening(results: Results, about: dict[str, Any]) -> list[str]:
     """What this is, and under which conditions."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    threads, commit = about["torch_threads"], about["commit"] or "unknown"
     blocks = [
-        f"Made by `{about['command']}`, {about['ended']}, on {about['device']} ({about['torch_threads']} PyTorch "
-        f"threads); {versions}; commit {about['commit'] or 'unknown'}.",
+        f"Made by `{about['command']}`, {about['ended']}, on {about['device']} (PyTorch threads: {threads}); "
+        f"{versions}; commit {commit}.",
         "Every figure of ours stands beside the write-up's, which are its own: 100-class MiniPlaces, 128 px, one Tesla "
         "T4. *Measured*: it ran here and was timed, counted or read. *Interpreted*: a Triton kernel ran on a CPU; its "
         "results count, its time says nothing about a GPU. *Predicted*: computed without running. One run each, one "
@@ -71,8 +72,8 @@ def making(results: Results, stages: Sequence[Stage]) -> list[str]:
     rows = []
     for stage in stages:
         outcome = results.outcomes[stage.name]
-        rows.append([stage.title, f"`{stage.typed}`", f"{outcome.seconds:,.0f}", outcome.reason or "done"])
+        rows.append([stage.title, f"`{stage.typed}`", outcome.reason or "done", f"{outcome.seconds:,.0f}"])
     return [
         "Each step is a command of the lab, run in this order; seconds are of its whole process, the last run of it.",
-        table(("step", "command", "seconds", "outcome"), rows, words=2),
+        table(("step", "command", "outcome", "seconds"), rows, words=3),
     ]

@@ -82,7 +82,7 @@ def hardening(results: Results) -> list[str]:
     if report:
         training, final = report["training"], report["attack"]
         blocks.append(
-            f"Pre-trained, then {training['epochs']} further epochs each, by the recipe's schedule from its beginning; "
+            f"Pre-trained, then further epochs ({training['epochs']} each) by the recipe's schedule from its start; "
             f"the adversarial copy's on images of {training['num_steps']} steps of {training['step_size']:g}, epsilon "
             f"{training['epsilon']:g}, {training['target'].replace('_', ' ')}. At the end {final['num_steps']} steps "
             f"of {final['step_size']:g}, epsilon {final['epsilon']:g}. {subject(report['pretrained'])}"
