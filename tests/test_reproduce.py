@@ -97,6 +97,9 @@ def test_what_ended_well_is_not_run_again(tmp_path):
     assert outcomes["second"].reason == "ZeroDivisionError: division by zero"
     assert "told" in (tmp_path / FOLDER / "first.txt").read_text()
     assert run([first, second], tmp_path)[1] == ["second"]
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert run([first, second], moved)[1] == ["second"]
+    moved.rename(tmp_path)
     assert run([stage("first", "print('other')"), second], tmp_path)[1] == ["first", "second"]
 
 
@@ -125,7 +128,9 @@ def test_a_training_that_has_begun_is_gone_on_with(tmp_path):
     one.run_folder.mkdir(parents=True)
     (one.run_folder / "config.json").write_text("{}")
     assert one.command == ["-m", "train.run", "--resume", str(one.run_folder)]
-    assert "--resume" not in one.typed
+    assert one.typed(tmp_path).endswith("--out DIR/runs/simplenet-torch")
+    with pytest.raises(UserError, match="holds a run of another command"):
+        outcome_of(one, tmp_path)  # no stage of ours began it
 
 
 def test_a_damaged_outcome_is_told(tmp_path):
@@ -232,7 +237,7 @@ def test_the_check_finds_a_wrong_gradient(monkeypatch):
 
 def results(out: Path, scope: Scope = QUICK, outcomes: dict | None = None) -> tuple[Results, list[Stage]]:
     stages = make_plan(scope, out)
-    failed = {one.name: Outcome(command=one.typed, seconds=1.0, reason="the disk is full") for one in stages}
+    failed = {one.name: Outcome(command=one.typed(out), seconds=1.0, reason="the disk is full") for one in stages}
     return Results(out=out, scope=scope, outcomes=failed | (outcomes or {})), stages
 
 

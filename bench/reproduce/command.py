@@ -5,7 +5,7 @@ import contextlib
 import fcntl
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -77,11 +77,14 @@ def command(arguments: argparse.Namespace) -> None:
         # Images that are missing or broken are known before the first of many trainings fails for it.
         load_data(scope.data, scope.image_size, limit_train=None, limit_val=None, console=console)
         stages = make_plan(scope, out)
-        outcomes = work(console, stages, out)
-        about = {"command": shown_command(), "ended": datetime.now().astimezone().isoformat(timespec="seconds")}
         place = conditions(torch.device("cuda", 0) if scope.device == "cuda" else torch.device("cpu"))
-        results = Results(out=out, scope=scope, outcomes=outcomes)
-        files = write_report(results, stages, about | place)
+
+        def write(outcomes: dict[str, Outcome]) -> list[Path]:
+            about = {"command": shown_command(), "ended": datetime.now().astimezone().isoformat(timespec="seconds")}
+            return write_report(Results(out=out, scope=scope, outcomes=outcomes), stages, about | place)
+
+        outcomes = work(console, stages, out, write)
+        files = write(outcomes)
     failed = [stage for stage in stages if outcomes[stage.name].reason is not None]
     for stage in failed:
         log = out / FOLDER / f"{stage.name}.txt"
@@ -138,8 +141,13 @@ def require_same(file: Path, text: str, asked: dict[str, Any]) -> None:
         raise UserError(f"{file.parent} was begun with {', '.join(differing)}; name another --out")
 
 
-def work(console: Console, stages: Sequence[Stage], out: Path) -> dict[str, Outcome]:
-    """Runs the stages; on a terminal a bar counts them, with what the running one says."""
+def work(
+    console: Console, stages: Sequence[Stage], out: Path, write: Callable[[dict[str, Outcome]], object]
+) -> dict[str, Outcome]:
+    """Runs the stages, and after each one that ran `write`s what there is: days pass until the last.
+
+    On a terminal a bar counts them, with what the running one says.
+    """
     progress = Progress(
         MofNCompleteColumn(), BarColumn(bar_width=12), TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal,
@@ -157,8 +165,11 @@ def work(console: Console, stages: Sequence[Stage], out: Path) -> dict[str, Outc
         def told(stage: Stage, line: str) -> None:
             progress.update(task, description=f"{stage.title}: {line}"[:width])
 
-        def end(stage: Stage, outcome: Outcome, earlier: bool) -> None:
+        def end(outcomes: dict[str, Outcome], stage: Stage, earlier: bool) -> None:
             progress.advance(task)
+            outcome = outcomes[stage.name]
+            if not earlier:
+                write(outcomes)
             how = "done before" if earlier else f"{outcome.seconds:,.0f} s"
             how = how if outcome.reason is None else f"failed: {outcome.reason}"
             console.print(f"{stage.title:36} {how}", markup=False, soft_wrap=True)

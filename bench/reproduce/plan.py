@@ -31,16 +31,20 @@ class Stage:
     """Of a training: an interrupted one is gone on with there."""
 
     @property
+    def has_begun(self) -> bool:
+        """Whether there is something to go on with."""
+        return self.run_folder is not None and (self.run_folder / "config.json").exists()
+
+    @property
     def command(self) -> list[str]:
         """What is typed after `python`."""
-        if self.run_folder and (self.run_folder / "config.json").exists():
+        if self.has_begun:
             return ["-m", self.module, "--resume", str(self.run_folder)]
         return ["-m", self.module, *self.arguments]
 
-    @property
-    def typed(self) -> str:
-        """The command of a first run, as a person types it."""
-        return " ".join(["python -m", self.module, *self.arguments])
+    def typed(self, out: Path) -> str:
+        """The command of a first run, as a person types it, with DIR for `out`: the same wherever that lies."""
+        return " ".join(["python -m", self.module, *self.arguments]).replace(str(out), "DIR")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

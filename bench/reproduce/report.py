@@ -71,9 +71,11 @@ def making(results: Results, stages: Sequence[Stage]) -> list[str]:
     """The commands, so that each can be run again by itself."""
     rows = []
     for stage in stages:
-        outcome = results.outcomes[stage.name]
-        rows.append([stage.title, f"`{stage.typed}`", outcome.reason or "done", f"{outcome.seconds:,.0f}"])
+        outcome = results.outcomes.get(stage.name)
+        ended = (outcome.reason or "done", f"{outcome.seconds:,.0f}") if outcome else ("not run yet", "0")
+        rows.append([stage.title, f"`{stage.typed(results.out)}`", *ended])
     return [
-        "Each step is a command of the lab, run in this order; seconds are of its whole process, the last run of it.",
+        "Each step is a command of the lab, run in this order; DIR is the folder of this report. Seconds are of its "
+        "whole process, where it was gone on with of the last.",
         table(("step", "command", "outcome", "seconds"), rows, words=3),
     ]

@@ -29,7 +29,7 @@ class Results:
         """Raises Missing unless the stage ended well."""
         outcome = self.outcomes.get(stage)
         if outcome is None:
-            raise Missing("it was not run")
+            raise Missing("it has not run yet")
         if outcome.reason is not None:
             raise Missing(outcome.reason)
 

@@ -28,49 +28,58 @@ class Outcome:
     """How a stage ended."""
 
     command: str
-    """As typed."""
+    """`Stage.typed`."""
     seconds: float
     reason: str | None
     """Why it failed, in one line; None where it did not."""
 
 
 def outcome_of(stage: Stage, out: Path) -> Outcome | None:
-    """None of a stage that has not ended, or ended with another command."""
+    """None of a stage that never began, or whose command was another.
+
+    Raises UserError where another command's training would be gone on with.
+    """
     file = out / FOLDER / f"{stage.name}.json"
     try:
         outcome = Outcome(**json.loads(file.read_text()))
     except FileNotFoundError:
-        return None
+        outcome = None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged; delete it, and the stage runs again") from error
-    return outcome if outcome.command == stage.typed else None
+        raise UserError(f"{file} is damaged; delete it and what the stage wrote") from error
+    if outcome is not None and outcome.command == stage.typed(out):
+        return outcome
+    if stage.has_begun:
+        raise UserError(f"{stage.run_folder} holds a run of another command; delete it, or name another --out")
+    return None
 
 
 def run_all(
     stages: Sequence[Stage], out: Path, begin: Callable[[Stage], None], told: Callable[[Stage, str], None],
-    end: Callable[[Stage, Outcome, bool], None],
+    end: Callable[[dict[str, Outcome], Stage, bool], None],
 ) -> dict[str, Outcome]:
     """Outcome of each stage by name. A failed stage fails those that need it; the next call tries it again.
 
     begin   called before a stage runs
     told    called with each line it prints
-    end     called with its outcome and whether it is an earlier call's
+    end     called with the outcomes so far, the last one's stage, and whether it is an earlier call's
     """
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
+    before = {stage.name: outcome_of(stage, out) for stage in stages}
     outcomes: dict[str, Outcome] = {}
     for stage in stages:
-        outcome = outcome_of(stage, out)
+        file, command, outcome = out / FOLDER / f"{stage.name}.json", stage.typed(out), before[stage.name]
         earlier = outcome is not None and outcome.reason is None
         if not earlier:
             lacking = [name for name in stage.needs if outcomes[name].reason is not None]
             if lacking:
-                outcome = Outcome(command=stage.typed, seconds=0.0, reason=f"it needs {lacking[0]}, which failed")
+                outcome = Outcome(command=command, seconds=0.0, reason=f"it needs {lacking[0]}, which failed")
             else:
                 begin(stage)
+                write_json(file, asdict(Outcome(command=command, seconds=0.0, reason="it was interrupted")))
                 outcome = run(stage, out, lambda line, stage=stage: told(stage, line))
-            write_json(out / FOLDER / f"{stage.name}.json", asdict(outcome))
+            write_json(file, asdict(outcome))
         outcomes[stage.name] = outcome
-        end(stage, outcome, earlier)
+        end(outcomes, stage, earlier)
     return outcomes
 
 
@@ -108,7 +117,7 @@ def run(stage: Stage, out: Path, told: Callable[[str], None]) -> Outcome:
             for thread in threads:
                 thread.join()
     seconds = round(time.monotonic() - begun, 1)
-    return Outcome(command=stage.typed, seconds=seconds, reason=reason_of(process.returncode, lines, errors))
+    return Outcome(command=stage.typed(out), seconds=seconds, reason=reason_of(process.returncode, lines, errors))
 
 
 def stop(process: subprocess.Popen) -> None:
