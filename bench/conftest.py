@@ -1,34 +1,39 @@
-"""The benchmark's rows and fixtures, and the table of ratios at its end.
+"""The benchmark's options, rows and fixtures; bench/timing_tables.py draws what stands at its end.
 
-On a GPU times are CUDA events', with a cold L2 cache; on the CPU they are the host clock's, PyTorch has one thread,
-and Triton's kernels run in its interpreter: such rows are labelled, and say nothing about a GPU.
+On a GPU times are CUDA events', with a cold L2 cache and operands that take turns; on the CPU they are the host
+clock's, PyTorch has one thread, and Triton's kernels run in its interpreter: such rows are labelled, and say nothing
+about a GPU.
 """
 
 import io
-import math
 import shutil
 import statistics
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from pytest_benchmark.session import PerformanceRegression
 from rich.console import Console
 
 import models
 from bench.conditions import conditions
-from bench.measure.timer import EventTime, Flush
-from bench.rows import MODEL, PRECISION, SIZES, Row, ratio_table
-from bench.shapes import Layer, timed_layers
+from bench.measure.timer import Flush
+from bench.rows import PRECISION, SIZES, Row
+from bench.timing_ahead import compile_ahead
+from bench.timing_cases import Case, backend, fused_cases, operation_cases, step_cases, why_not
+from bench.timing_gpu import memory_of, speeds, work_of
+from bench.timing_rounds import Call, Turns, clock, one, rotating, rounds_of
+from bench.timing_tables import Paired, conditions_lines, feeding_table, paired_table, print_rows
 from train.report import backend_of, device_name
-
-# Seconds and rounds that a row's repetitions may take; a slow row still gets the least number of rounds.
-BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.5, 5, 200
 
 ROWS = pytest.StashKey[list[Row]]()
 FEEDING = pytest.StashKey[dict[str, float]]()
-PAIRED = pytest.StashKey[dict[str, dict[str, tuple]]]()
-PAIRED_ROUNDS = 7
+PAIRED = pytest.StashKey[dict[str, list[Paired]]]()
+AHEAD = pytest.StashKey[dict[str, int | str]]()
+# What only pytest-benchmark's own tables show; without any of these they are left out.
+THEIR_OPTIONS = ("benchmark_columns", "benchmark_compare", "benchmark_histogram", "benchmark_cprofile")
+CASES = {"operation_case": operation_cases, "fused_case": fused_cases, "step_case": step_cases}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,19 +46,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
-    config.stash[FEEDING], config.stash[PAIRED] = {}, {}
+    config.stash[ROWS], config.stash[FEEDING], config.stash[PAIRED], config.stash[AHEAD] = [], {}, {}, {}
     if device_of(config).type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--bench-device cuda: PyTorch sees no GPU here")
-    # pytest-benchmark's own tables in 80 columns, unless other columns or names were asked for.
-    if not config.getoption("benchmark_columns", None):
+    # Their tables of raw times give way to ratios, and fit 80 columns unless other columns or names were asked for.
+    config.option.benchmark_quiet |= not any(config.getoption(option) for option in THEIR_OPTIONS)
+    if not config.getoption("benchmark_columns"):
         config.option.benchmark_columns = ["median", "rounds"]
-    if config.getoption("benchmark_name", None) == "normal":  # the default
+    if config.getoption("benchmark_name") == "normal":  # the default
         config.option.benchmark_name = "short"
 
 
 def device_of(config: pytest.Config) -> torch.device:
-    name = config.getoption("--bench-device", "auto")
+    name = config.getoption("--bench-device")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -63,22 +68,42 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = device_of(metafunc.config)
     if "conv" in metafunc.fixturenames:
         convolutions = list(models.CONVOLUTIONS)
-        labels = [f"{conv}-{backend_of(conv, device)}" for conv in convolutions]
-        metafunc.parametrize("conv", convolutions, ids=labels)
-    if "layer" in metafunc.fixturenames:
-        metafunc.parametrize("layer", timed_layers(MODEL, *SIZES[device.type]), ids=lambda layer: layer.name)
+        metafunc.parametrize("conv", convolutions, ids=[f"{conv}-{backend_of(conv, device)}" for conv in convolutions])
+    for name, cases_of in CASES.items():
+        if name in metafunc.fixturenames:
+            group = metafunc.function.__name__.removeprefix("test_")
+            metafunc.parametrize(name, cases_of(group, device.type), ids=lambda case: case.label(device))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    timer = EventTime if device_of(config).type == "cuda" else time.perf_counter
     for item in items:
-        if "timed" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.benchmark(timer=timer, group=operation_of(item)))
+        case = case_of(item)
+        if case is not None:
+            item.add_marker(pytest.mark.benchmark(timer=clock(device_of(config)), group=case.group))
+        elif "side_by_side" in item.fixturenames:
+            item.add_marker(pytest.mark.benchmark(timer=clock(device_of(config))))
 
 
-def operation_of(item: pytest.Item) -> str:
-    """ "forward" for test_forward."""
-    return item.originalname.removeprefix("test_")
+def case_of(item: pytest.Item) -> Case | None:
+    """The row's case; None of what is timed side by side, and of feeding."""
+    name = next((name for name in CASES if name in item.fixturenames), None)
+    return item.callspec.params[name] if name else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """A row that this GPU has no memory for is left out, not the run."""
+    case = case_of(item)
+    reason = why_not(case, device_of(item.config)) if case is not None else None
+    if reason is not None:
+        pytest.skip(reason)
+    try:
+        return (yield)
+    except torch.OutOfMemoryError:
+        pytest.skip(f"out of GPU memory: {item.name.partition('[')[2].rstrip(']')}")
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # so that NVML's figure is the row's own
 
 
 @pytest.fixture(scope="session")
@@ -87,16 +112,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _settings(device: torch.device):
+def _settings(request: pytest.FixtureRequest, device: torch.device) -> None:
     torch.backends.fp32_precision = PRECISION
     if device.type == "cpu":
         torch.set_num_threads(1)  # the interpreter's Python has one, and two on shared cores make native times jump
-
-
-@pytest.fixture(scope="session")
-def size(device: torch.device) -> tuple[int, int]:
-    """(images, pixels) a step"""
-    return SIZES[device.type]
+        return
+    cases = filter(None, map(case_of, request.session.items))
+    request.config.stash[AHEAD] = compile_ahead((case for case in cases if not why_not(case, device)), device)
 
 
 @pytest.fixture(scope="session")
@@ -117,140 +139,104 @@ def feeding(request: pytest.FixtureRequest) -> dict[str, float]:
 
 
 @pytest.fixture
+def timed(benchmark, request, device, where, before_each) -> Callable[..., None]:
+    """timed(calls, case, error=...) times the calls, which take turns, and keeps the row with its conditions.
+
+    All calls do the same, each with operands of its own.
+    """
+
+    def run(calls: list[Call], case: Case, *, error: float) -> None:
+        rounds = rounds_of(calls[0], device)
+        figures = memory_of(calls[0], device) if device.type == "cuda" else {}
+        benchmark.extra_info.update(
+            where, **case.facts(device), relative_error=error, n=rounds, copies=len(calls), **figures
+        )
+        benchmark.pedantic(one, setup=rotating(calls, before_each), rounds=rounds)
+        if not benchmark.enabled:
+            return
+        seconds, work = benchmark.stats.stats.median, work_of(case)
+        if device.type == "cuda" and work is not None:
+            figures |= speeds(work, seconds, case, "sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+            benchmark.extra_info.update(figures)
+        request.config.stash[ROWS].append(
+            Row(
+                group=case.group, what=case.what, kind=case.kind, contender=case.contender,
+                backend=backend(case.contender, device), seconds=seconds, figures=figures, target=case.target,
+            )
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
 def side_by_side(benchmark, request, device, where) -> Callable[..., None]:
     """side_by_side(section, what, {"ours": call, ...}, ...) times the calls in turn; the first is what is measured.
 
     Ratios are medians over the rounds, told under `section` at the end.
     """
 
-    def run(section: str, what: str, calls: Mapping[str, Callable[[], object]], **facts: object) -> None:
-        names = list(calls)
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for number in range(PAIRED_ROUNDS + 1):
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                start = time.perf_counter()
-                calls[name]()
-                synchronise(device)
-                if number:  # the first round warms up
-                    times[name].append(time.perf_counter() - start)
-        ratios = {
-            name: statistics.median(a / b for a, b in zip(times[names[0]], times[name], strict=True))
-            for name in names[1:]
-        }
-        seconds = {name: statistics.median(values) for name, values in times.items()}
-        request.config.stash[PAIRED].setdefault(section, {})[what] = (names[0], seconds, ratios, facts)
+    def run(section: str, what: str, calls: Mapping[str, Call], *, conv: str, x_shape: tuple[int, ...]) -> None:
+        turns = Turns(calls, device)
+        rounds = turns.warm_up()
         benchmark.group = section
-        benchmark.extra_info.update(where, dtype="float32", n=PAIRED_ROUNDS, seconds=seconds, ratios=ratios, **facts)
-        benchmark.pedantic(calls[names[0]], rounds=1)
-
-    return run
-
-
-@pytest.fixture
-def timed(benchmark, request, device, size, where, before_each) -> Callable[..., None]:
-    """timed(call, conv=..., layer=..., error=...) times `call` and keeps the row with its conditions."""
-
-    def run(call: Callable[[], object], *, conv: str, layer: Layer | None, error: float) -> None:
-        backend = backend_of(conv, device)
-        images, pixels = size
-        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, math.ceil(BUDGET / wall_seconds(call, device))))
+        benchmark.pedantic(calls[turns.first], setup=turns.before, teardown=turns.after, rounds=rounds)
+        if not benchmark.enabled:
+            return
+        times = {turns.first: benchmark.stats.stats.data} | turns.times
+        seconds = {name: statistics.median(values) for name, values in times.items()}
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(times[turns.first], times[name], strict=True))
+            for name in turns.others
+        }
+        shape, by = "x".join(map(str, x_shape)), backend_of(conv, device)
         benchmark.extra_info.update(
-            where,
-            model=MODEL,
-            conv=conv,
-            backend=backend,
-            dtype="float32",
-            precision=PRECISION,
-            layout=str(models.memory_format(conv)).removeprefix("torch."),
-            batch_size=images,
-            image_size=pixels,
-            x_shape=layer.x_shape if layer else (images, 3, pixels, pixels),
-            w_shape=layer.w_shape if layer else None,
-            stride=layer.stride if layer else None,
-            padding=layer.padding if layer else None,
-            dilation=layer.dilation if layer else None,
-            groups=layer.groups if layer else None,
-            relative_error=error,
-            n=rounds,
-        )
-        benchmark.pedantic(call, setup=before_each, rounds=rounds, warmup_rounds=1)
-        if benchmark.enabled:
-            request.config.stash[ROWS].append(
-                Row(
-                    operation=operation_of(request.node),
-                    layer=layer.name if layer else MODEL,
-                    conv=conv,
-                    backend=backend,
-                    seconds=benchmark.stats.stats.median,
-                )
-            )
+            where, conv=conv, backend=by, dtype="float32", x_shape=x_shape, n=rounds, seconds=seconds,
+            ratios=ratios,
+        )  # fmt: skip
+        row = Paired(what=f"{what}, {conv} ({by}), {shape}, n = {rounds}", seconds=seconds, ratios=ratios)
+        request.config.stash[PAIRED].setdefault(section, []).append(row)
 
     return run
 
 
-def wall_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Roughly what a call takes, after one that compiles and warms up."""
-    call()
-    synchronise(device)
-    start = time.perf_counter()
-    call()
-    synchronise(device)
-    return time.perf_counter() - start
+@pytest.hookimpl(wrapper=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config):
+    """Below pytest-benchmark's: what is read first is what stands last, also where that ends in a regression."""
+    try:
+        return (yield)
+    except PerformanceRegression as worse:  # which would be a traceback through pytest itself
+        pytest.exit(str(worse), returncode=pytest.ExitCode.TESTS_FAILED)
+    finally:
+        text = summary(config, skipped(terminalreporter), colours=terminalreporter.hasmarkup)
+        if text:
+            terminalreporter.write_sep("=", "ratios of the same run")
+            terminalreporter.write(text)
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def skipped(terminalreporter: pytest.TerminalReporter) -> Counter[str]:
+    """How many rows were skipped, by reason."""
+    reports = terminalreporter.stats.get("skipped", [])
+    return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
 
 
-@pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables: what is read first is what stands last
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    tell_feeding(terminalreporter, config.stash[FEEDING])
-    for section, paired in config.stash[PAIRED].items():
-        tell_paired(terminalreporter, section, paired, device_of(config))
-    rows = config.stash[ROWS]
-    if not rows:
-        return
+def summary(config: pytest.Config, skips: Counter[str], *, colours: bool) -> str:
+    """All tables of what ran, and its conditions; "" where nothing did."""
+    rows, paired, feeding = config.stash[ROWS], config.stash[PAIRED], dict(config.stash[FEEDING])
+    if not (rows or paired or feeding or skips):
+        return ""
     device = device_of(config)
-    images, pixels = SIZES[device.type]
-    backends = ", ".join(dict.fromkeys(f"{row.conv} {row.backend}" for row in rows))
     text = io.StringIO()
-    width = shutil.get_terminal_size().columns
-    console = Console(file=text, force_terminal=terminalreporter.hasmarkup, width=width, highlight=False)
-    console.print(ratio_table(rows))
-    name, threads = device_name(device), torch.get_num_threads()
-    console.print(
-        f"medians; {name}, PyTorch threads {threads}, batch {images}, {pixels} px, float32 ({PRECISION}); {backends}"
+    console = Console(
+        file=text, force_terminal=colours, width=shutil.get_terminal_size().columns, highlight=False, emoji=False
     )
-    if any(row.backend == "interpreter" for row in rows):
-        console.print("triton: interpreted on a CPU: says nothing about a GPU", style="bold")
-    terminalreporter.write_sep("=", "ratios of the same run")
-    terminalreporter.write(text.getvalue())
-
-
-def tell_feeding(terminalreporter: pytest.TerminalReporter, feeding: dict[str, float]) -> None:
-    """Images/s and their ratio, where the rows of bench/test_feeding.py ran."""
-    if not feeding:
-        return
-    terminalreporter.write_sep("=", "feeding, one CPU thread, the write-up's augmentation at 128 px")
-    for name in ("cached", "per_image", "per_image_decoded"):
-        if name in feeding:
-            ratio = f"   cached / this: {feeding['cached'] / feeding[name]:.2f}" if "cached" in feeding else ""
-            terminalreporter.write_line(f"{name:18} {feeding[name]:8,.0f} images/s{ratio}")
-    if "data_wait_pct" in feeding:
-        share = feeding["data_wait_pct"]
-        terminalreporter.write_line(f"wait for data: {share:.1f}% of SimpleNet's steps (native, batch 64, 2 threads)")
-
-
-def tell_paired(
-    terminalreporter: pytest.TerminalReporter, section: str, rows: dict[str, tuple], device: torch.device
-) -> None:
-    """Milliseconds and ratios of what `side_by_side` timed."""
-    terminalreporter.write_sep("=", f"{section}, {device_name(device)}")
-    for what, (first, seconds, ratios, facts) in rows.items():
-        backend = backend_of(facts["conv"], device)
-        shape = "x".join(map(str, facts["x_shape"]))
-        terminalreporter.write_line(f"{what}, {shape} ({backend})")
-        for name, value in seconds.items():
-            ratio = f"   {first} / this: {ratios[name]:.3f}" if name in ratios else ""
-            terminalreporter.write_line(f"  {name:12} {1e3 * value:10,.1f} ms{ratio}")
+    waiting, speed = feeding.pop("data_wait_pct", None), feeding.pop("steps", None)
+    if feeding:
+        console.print(feeding_table(feeding))
+    if waiting is not None:
+        console.print(f"waiting for data: {waiting:.1f}% of SimpleNet's steps, {speed:.0f} images/s, 2 threads\n")
+    for section, found in paired.items():
+        console.print(paired_table(section, found))
+    print_rows(console, rows, on_gpu=device.type == "cuda")
+    for line in conditions_lines(rows, skips, config.stash[AHEAD], device_name(device), *SIZES[device.type]):
+        console.print(line)
+    return text.getvalue()

@@ -13,8 +13,13 @@ import models
 from kernels.geometry import ConvGeometry
 
 # Of SimpleNet's seven convolutions: the stem, which has 3 channels and a stride; both 3x3, which do most of the work;
-# and the 1x1 that writes the largest result, where memory is the limit.
-TIMED = {"simplenet": ("conv7x7-64", "conv3x3-64", "conv1x1-256", "conv3x3-128")}
+# and the 1x1 that writes the largest result, where memory is the limit. Of ResNet18's eleven those of another kind: 3x3
+# and 1x1 of stride 2, and 3x3 whose filters outweigh the few pixels that are left. Its stem and its first 3x3 are
+# SimpleNet's.
+TIMED = {
+    "simplenet": ("conv7x7-64-s2", "conv3x3-64", "conv1x1-256", "conv3x3-128"),
+    "resnet18": ("conv3x3-128-s2", "conv1x1-128-s2", "conv3x3-256", "conv3x3-512"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +44,15 @@ class Layer:
             self.x_shape, self.w_shape, self.stride, self.padding, self.dilation, self.groups
         )
 
-    def module(self, conv: str) -> nn.Conv2d:
-        """This layer computed by one of models.CONVOLUTIONS, freshly initialised, with a bias."""
-        return models.CONVOLUTIONS[conv](
+    @property
+    def label(self) -> str:
+        """The name, and the stride where there is one, as "conv3x3-128-s2": no two in a model of TIMED."""
+        strides = "x".join(map(str, dict.fromkeys(self.stride)))
+        return self.name if self.stride == (1, 1) else f"{self.name}-s{strides}"
+
+    def module(self, conv: type[nn.Conv2d]) -> nn.Conv2d:
+        """This layer computed by such a convolution, freshly initialised, with a bias."""
+        return conv(
             self.x_shape[1],
             self.w_shape[0],
             self.w_shape[2:],
@@ -88,5 +99,6 @@ def conv_layers(model_name: str, batch_size: int, image_size: int) -> list[Layer
 
 
 def timed_layers(model_name: str, batch_size: int, image_size: int) -> list[Layer]:
-    """The layers of TIMED."""
-    return [layer for layer in conv_layers(model_name, batch_size, image_size) if layer.name in TIMED[model_name]]
+    """The layers of TIMED, in its order."""
+    layers = {layer.label: layer for layer in conv_layers(model_name, batch_size, image_size)}
+    return [layers[label] for label in TIMED[model_name]]

@@ -10,21 +10,23 @@ import torch
 from bench.measure.sampling import Recorder
 from bench.measure.tracker import Tracker
 from bench.memory.step import Step, Training
-from bench.rows import MODEL
+from bench.rows import MODEL, SIZES
 from train.memory import device_asked
 
 SECTION = "accounting for memory, a SimpleNet training step"
-SAMPLED_STEPS = 20
+SAMPLED_STEPS = 10
+IMAGES = SIZES | {"cpu": (32, 32)}
+"""(images, pixels) a step: with fewer images on a CPU, what an operator costs to see would be most of its time."""
 
 
-def training(conv: str, device: torch.device, size: tuple[int, int], tracker: Tracker | None = None) -> Training:
-    images, pixels = size
+def training(conv: str, device: torch.device, tracker: Tracker | None = None) -> Training:
+    images, pixels = IMAGES[device.type]
     return Training(Step(model=MODEL, conv=conv, batch_size=images, image_size=pixels), device, tracker)
 
 
-def test_tracking(conv, device, size, side_by_side):
+def test_tracking(conv, device, side_by_side):
     tracker = Tracker(device)
-    plain, tracked = training(conv, device, size), training(conv, device, size, tracker)
+    plain, tracked = training(conv, device), training(conv, device, tracker)
 
     def track() -> None:
         with tracker:
@@ -32,12 +34,12 @@ def test_tracking(conv, device, size, side_by_side):
             tracked.step()
 
     facts = {"conv": conv, "x_shape": tuple(plain.x.shape)}
-    side_by_side(SECTION, f"one step, {conv}", {"tracked": track, "untracked": plain.step}, **facts)
+    side_by_side(SECTION, "one step", {"tracked": track, "untracked": plain.step}, **facts)
 
 
-def test_sampling(device, size, side_by_side):
+def test_sampling(device, side_by_side):
     """A sample each 10 ms, of the driver's figures or of the resident set."""
-    steps = training("torch", device, size)
+    steps = training("torch", device)
     recorder = Recorder(period=0.01, open_device=device_asked(device))
 
     def run(around: contextlib.AbstractContextManager) -> None:
@@ -46,5 +48,5 @@ def test_sampling(device, size, side_by_side):
                 steps.step()
 
     calls = {"sampled": lambda: run(recorder), "not sampled": lambda: run(contextlib.nullcontext())}
-    what = f"{SAMPLED_STEPS} steps, torch, sampled each 10 ms"
+    what = f"{SAMPLED_STEPS} steps, a sample each 10 ms"
     side_by_side(SECTION, what, calls, conv="torch", x_shape=tuple(steps.x.shape))

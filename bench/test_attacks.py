@@ -1,4 +1,4 @@
-"""Ten steps of projected gradients beside foolbox and the rule written plainly; frozen weights; the shared sweep.
+"""Ten steps of projected gradients beside the rule written plainly and beside peers; frozen weights; the shared sweep.
 
 Native convolutions compute what is compared with others, so that the attacks' own arithmetic shows. All contenders of
 a row give the same images.
@@ -12,27 +12,39 @@ from torch.nn.functional import cross_entropy
 import models
 from attacks import Swept, pgd, sweep
 from attacks.sweep import WRITEUP
+from bench import peers
 
 STEP, EPSILON, STEPS = 0.01, 0.1, 10
+FEW_STEPS = 2
+"""Where the convolution, and not the rule, makes the difference."""
 SECTION = "attacks on SimpleNet"
+IMAGES, PIXELS = {"cuda": 128, "cpu": 4}, {"cuda": 128, "cpu": 32}
 
 
-def network(conv: str, pixels: int, device: torch.device) -> nn.Module:
-    torch.manual_seed(0)
-    return models.build("simplenet", conv, 100, pixels).to(device).eval()
+@pytest.fixture(autouse=True)
+def _same_bits(monkeypatch):
+    """Or the same attack twice would not give the same images on a GPU: a step's sign flips where a gradient is ~0."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
-def pictures(count: int, pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+@pytest.fixture
+def pictures(device) -> tuple[Tensor, Tensor]:
     """Values 0 ... 1, and labels."""
     random = torch.Generator().manual_seed(1)
+    count, pixels = IMAGES[device.type], PIXELS[device.type]
     x, y = torch.rand(count, 3, pixels, pixels, generator=random), torch.randint(100, (count,), generator=random)
     return x.to(device), y.to(device)
 
 
-def plain_rule(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def network(conv: str, device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    return models.build("simplenet", conv, 100, PIXELS[device.type]).to(device).eval()
+
+
+def plain_rule(model: nn.Module, x: Tensor, y: Tensor, steps: int = STEPS) -> Tensor:
     """As torchattacks and most papers' code have it: weights not frozen, the gradient of the input alone asked for."""
     adv = x.clone()
-    for _ in range(STEPS):
+    for _ in range(steps):
         adv.requires_grad_()
         gradient = torch.autograd.grad(cross_entropy(model(adv), y), adv)[0]
         adv = adv.detach() + STEP * gradient.sign()
@@ -40,37 +52,46 @@ def plain_rule(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return adv
 
 
-def ours(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return pgd(model, x, "untargeted", y, num_steps=STEPS, step_size=STEP, epsilon=EPSILON, bounds=(0, 1))
+def ours(model: nn.Module, x: Tensor, y: Tensor, steps: int = STEPS) -> Tensor:
+    return pgd(model, x, "untargeted", y, num_steps=steps, step_size=STEP, epsilon=EPSILON, bounds=(0, 1))
 
 
-def test_pgd_beside_others(side_by_side, device):
-    foolbox = pytest.importorskip("foolbox", reason="pip install -e '.[test]' brings foolbox")
-    model, (x, y) = network("torch", 64, device), pictures(32, 64, device)
-    peer = foolbox.attacks.LinfProjectedGradientDescentAttack(abs_stepsize=STEP, steps=STEPS, random_start=False)
-    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=device)
-    calls = {
-        "ours": lambda: ours(model, x, y),
-        "plain rule": lambda: plain_rule(model, x, y),
-        "foolbox": lambda: peer(wrapped, x, y, epsilons=EPSILON)[1],
-    }
-    result = ours(model, x, y)
-    assert all((call() - result).abs().max() <= 2 * STEP for call in calls.values())
-    assert torch.equal(calls["foolbox"](), result)
-    side_by_side(SECTION, "10 steps, native", calls, conv="torch", x_shape=tuple(x.shape))
+def test_pgd_beside_the_plain_rule(side_by_side, device, pictures):
+    model = network("torch", device)
+    calls = {"ours": lambda: ours(model, *pictures), "plain rule": lambda: plain_rule(model, *pictures)}
+    results = [call() for call in calls.values()]
+    assert (results[0] - results[1]).abs().max() <= 2 * STEP
+    side_by_side(SECTION, f"{STEPS} steps", calls, conv="torch", x_shape=tuple(pictures[0].shape))
+
+
+@pytest.mark.parametrize("peer", peers.ATTACKS)
+def test_pgd_beside(peer, side_by_side, device, pictures):
+    if reason := peers.why_not_installed(peer):
+        pytest.skip(reason)
+    model = network("torch", device)
+    theirs = peers.ATTACKS[peer](model, device, steps=STEPS, step=STEP, epsilon=EPSILON)
+    calls = {"ours": lambda: ours(model, *pictures), peer: lambda: theirs(*pictures)}
+    results = [call() for call in calls.values()]
+    assert (results[0] - results[1]).abs().max() <= (0 if peer == "foolbox" else 2 * STEP)
+    side_by_side(SECTION, f"{STEPS} steps", calls, conv="torch", x_shape=tuple(pictures[0].shape))
 
 
 @pytest.mark.parametrize("written", ["unfold", "triton"])
-def test_frozen_weights(written, side_by_side, device):
+def test_frozen_weights(written, side_by_side, device, pictures):
     """The plain rule leaves weights asking for gradients, and an operator may compute them for nothing."""
-    model, (x, y) = network(written, 32, device), pictures(8, 32, device)
-    calls = {"frozen": lambda: ours(model, x, y), "not frozen": lambda: plain_rule(model, x, y)}
-    side_by_side(SECTION, f"10 steps, {written}", calls, conv=written, x_shape=tuple(x.shape))
+    model = network(written, device)
+    calls = {
+        "frozen": lambda: ours(model, *pictures, FEW_STEPS),
+        "not frozen": lambda: plain_rule(model, *pictures, FEW_STEPS),
+    }
+    results = [call() for call in calls.values()]
+    assert (results[0] - results[1]).abs().max() <= 2 * STEP
+    side_by_side(SECTION, f"{FEW_STEPS} steps", calls, conv=written, x_shape=tuple(pictures[0].shape))
 
 
-def test_shared_sweep(side_by_side, device):
+def test_shared_sweep(side_by_side, device, pictures):
     """The write-up's six settings."""
-    model, (x, y) = network("torch", 32, device), pictures(32, 32, device)
+    model, (x, y) = network("torch", device), pictures
 
     def one_by_one() -> list[Swept]:
         return [sweep(model, x, "most_likely", y, settings=[setting])[0] for setting in WRITEUP]
@@ -78,4 +99,4 @@ def test_shared_sweep(side_by_side, device):
     calls = {"shared": lambda: sweep(model, x, "most_likely", y), "one by one": one_by_one}
     for one, other in zip(*(call() for call in calls.values()), strict=True):
         assert torch.equal(one.logits, other.logits)
-    side_by_side(SECTION, "sweep of 6 settings", calls, conv="torch", x_shape=tuple(x.shape))
+    side_by_side(SECTION, f"sweep of {len(WRITEUP)} settings", calls, conv="torch", x_shape=tuple(x.shape))

@@ -1,20 +1,21 @@
-"""Forward, input gradient and weight gradient of one layer, each alone, by each convolution.
+"""One layer's forward, input gradient and weight gradient, each alone, and a step of all, by each convolution.
 
-A gradient's row is what autograd does for it: the other operands need none, so nothing else is computed. Each result
-is checked against float64 before it is timed.
+A gradient's row is what autograd does for it: the other operands need none, so nothing else is computed. A step is
+forward, both gradients and the bias's. Each result is checked against float64 before it is timed.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import starmap
 
 import torch
 from torch import nn
 
-import models
 from bench.rows import TOLERANCE, relative_error
-from bench.shapes import Layer
+from bench.timing_cases import KINDS, Case, convolution
+from bench.timing_rounds import copies_of, multiplying
 
-Call = Callable[[], torch.Tensor]
+Call = Callable[[], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,16 +29,21 @@ class Operands:
     """(N, Co, P, Q)"""
 
     @classmethod
-    def of(cls, layer: Layer, conv: str, device: torch.device) -> "Operands":
-        """The same values for each convolution, in the layout that its models run in."""
+    def of(cls, case: Case, device: torch.device) -> "Operands":
+        """The same values for each contender, in the layout that its models run in."""
         torch.manual_seed(0)
-        layout = models.memory_format(conv)
+        layer, layout, dtype = case.subject, case.layout, KINDS[case.kind].dtype
         with device:
-            module = layer.module(conv).to(memory_format=layout).requires_grad_(False)
+            module = layer.module(convolution(case.contender)).to(dtype, memory_format=layout).requires_grad_(False)
             # Drawn into plain tensors, since a draw fills memory in order, and only then brought to the layout.
-            x = torch.randn(layer.x_shape).contiguous(memory_format=layout)
-            dy = torch.randn(module(x).shape).contiguous(memory_format=layout)
+            x, dy = (
+                torch.randn(shape).to(dtype, memory_format=layout) for shape in (layer.x_shape, layer.geometry.y_shape)
+            )
         return cls(module=module, x=x, dy=dy)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.x, self.dy, *self.module.parameters()))
 
     def exact(self) -> "Operands":
         """The same in float64, by PyTorch's own convolution."""
@@ -51,7 +57,7 @@ class Operands:
 
 
 def forward(operands: Operands) -> Call:
-    return lambda: operands.module(operands.x)
+    return lambda: (operands.module(operands.x),)
 
 
 def input_grad(operands: Operands) -> Call:
@@ -66,28 +72,45 @@ def _gradient(operands: Operands, of: torch.Tensor) -> Call:
     """A call that computes the gradient of `of` alone; the forward pass is done here, once."""
     of.requires_grad_()
     y = operands.module(operands.x)
-    return lambda: torch.autograd.grad(y, of, operands.dy, retain_graph=True)[0]
+    return lambda: torch.autograd.grad(y, of, operands.dy, retain_graph=True)
 
 
-def run(
-    operation: Callable[[Operands], Call], layer: Layer, conv: str, device: torch.device, timed: Callable
-) -> None:
+def step(operands: Operands) -> Call:
+    """A call that computes the result and the gradients of input, weight and bias."""
+    module, x = operands.module, operands.x
+    needed = [tensor.requires_grad_() for tensor in (x, module.weight, module.bias)]
+
+    def run() -> tuple[torch.Tensor, ...]:
+        y = module(x)
+        return y.detach(), *torch.autograd.grad(y, needed, operands.dy)
+
+    return run
+
+
+def run(operation: Callable[[Operands], Call], case: Case, device: torch.device, timed: Callable) -> None:
     """Times one row, unless its result is wrong."""
-    operands = Operands.of(layer, conv, device)
+    operands = Operands.of(case, device)
     exact = operation(operands.exact())()
-    call = operation(operands)
-    error = relative_error(call(), exact)
-    assert error <= TOLERANCE["layer"], f"{conv} is wrong by {error:.1e}, so its time means nothing"
-    timed(call, conv=conv, layer=layer, error=error)
+    with multiplying(KINDS[case.kind]):
+        calls = [operation(operands)]
+        error = max(starmap(relative_error, zip(calls[0](), exact, strict=True)))
+        assert error <= TOLERANCE[case.kind], f"{case.contender} is wrong by {error:.1e}, so its time means nothing"
+        del exact
+        calls += [operation(Operands.of(case, device)) for _ in range(copies_of(operands.nbytes) - 1)]
+        timed(calls, case, error=error)
 
 
-def test_forward(layer, conv, device, timed):
-    run(forward, layer, conv, device, timed)
+def test_forward(operation_case, device, timed):
+    run(forward, operation_case, device, timed)
 
 
-def test_input_grad(layer, conv, device, timed):
-    run(input_grad, layer, conv, device, timed)
+def test_input_grad(operation_case, device, timed):
+    run(input_grad, operation_case, device, timed)
 
 
-def test_weight_grad(layer, conv, device, timed):
-    run(weight_grad, layer, conv, device, timed)
+def test_weight_grad(operation_case, device, timed):
+    run(weight_grad, operation_case, device, timed)
+
+
+def test_step(operation_case, device, timed):
+    run(step, operation_case, device, timed)

@@ -2,8 +2,8 @@
 
 Both make the write-up's training batches of 128 px, on the CPU with one thread: `cached` as train.run does, from
 decoded images; `per_image` as the workers of a DataLoader do, from JPEG files; `per_image_decoded` the same without
-the decoding. `training_step` has two threads, as a small machine would. GPUs augment on the device, where none of these
-figures says anything.
+the decoding. `training_step` has two threads, as a small machine would, and fewer images. GPUs augment on the
+device, where none of these figures says anything.
 """
 
 import math
@@ -26,6 +26,8 @@ from train.loop import augmentation
 from train.recipes import RECIPES
 
 IMAGES, PIXELS, BATCH = 256, 128, 64
+STEP_IMAGES, STEP_BATCH = 64, 16
+ROUNDS, STEP_ROUNDS = 5, 3
 SETTINGS = RECIPES["writeup"]
 CPU = torch.device("cpu")
 
@@ -45,11 +47,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(photos, tmp_path_factory):
-    """(train, val), decoded once."""
-    return load_data(
-        str(photos), PIXELS, limit_train=None, limit_val=None, console=Console(quiet=True),
-        cache=tmp_path_factory.mktemp("cache"),
+def load(photos, tmp_path_factory):
+    """load(images) -> (train, val), decoded once."""
+    cache = tmp_path_factory.mktemp("cache")
+    return lambda images: load_data(
+        str(photos), PIXELS, limit_train=images, limit_val=None, console=Console(quiet=True), cache=cache
     )
 
 
@@ -100,27 +102,29 @@ PER_IMAGE = v2.Compose([
 def fed(benchmark, device, where, feeding):
     """fed(name, call) times the making of an epoch's batches, and keeps images/s for the summary."""
 
-    def run(name, call, *, threads_used=1):
-        if device != CPU:
-            pytest.skip("compares one CPU core with one CPU core; run it with --bench-device cpu")
+    if device != CPU:
+        pytest.skip("compares one CPU core with one CPU core; run it with --bench-device cpu")
+
+    def run(name, call, *, images=IMAGES, batch_size=BATCH, rounds=ROUNDS, threads_used=1):
         threads = torch.get_num_threads()
         torch.set_num_threads(threads_used)
         try:
             benchmark.group = "feeding"
             benchmark.extra_info.update(
-                where, torch_threads=threads_used, images=IMAGES, batch_size=BATCH, image_size=PIXELS,
-                dtype="float32", n=5,
+                where, torch_threads=threads_used, images=images, batch_size=batch_size, image_size=PIXELS,
+                dtype="float32", conv="torch", backend="native", x_shape=(batch_size, 3, PIXELS, PIXELS), n=rounds,
             )
-            benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+            benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
         finally:
             torch.set_num_threads(threads)
         if benchmark.enabled:
-            feeding[name] = IMAGES / benchmark.stats.stats.median
+            feeding[name] = images / benchmark.stats.stats.median
 
     return run
 
 
-def test_cached(fed, data, photos):
+def test_cached(fed, load, photos):
+    data = load(IMAGES)
     check_pictures(data, photos)
     fed("cached", lambda: sum(len(y) for _, y in feeder(data[0], BATCH).epoch(0)))
 
@@ -159,12 +163,12 @@ def check_pictures(data, photos) -> None:
     assert relative_error(ours, theirs.double()) < 0.01
 
 
-def test_training_step(fed, data, feeding, benchmark):
+def test_training_step(fed, load, feeding, benchmark):
     """An epoch of SimpleNet's training steps; the share of it spent on getting batches is told below the tables."""
     torch.manual_seed(0)
     model = models.build("simplenet", "torch", 2, PIXELS).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    source, waits = feeder(data[0], BATCH), []
+    source, waits = feeder(load(STEP_IMAGES)[0], STEP_BATCH), []
 
     def epoch():
         waited, started = 0.0, time.perf_counter()
@@ -177,6 +181,6 @@ def test_training_step(fed, data, feeding, benchmark):
             before = time.perf_counter()
         waits.append(100 * waited / (time.perf_counter() - started))
 
-    fed("steps", epoch, threads_used=2)
+    fed("steps", epoch, images=STEP_IMAGES, batch_size=STEP_BATCH, rounds=STEP_ROUNDS, threads_used=2)
     if benchmark.enabled:
         feeding["data_wait_pct"] = benchmark.extra_info["data_wait_pct"] = statistics.median(waits[1:])  # 0 warms up

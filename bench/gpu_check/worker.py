@@ -27,8 +27,7 @@ from kernels import conv2d, runtime, tuning
 
 ROUNDS, QUICK_ROUNDS = 50, 20
 STEP_ROUNDS, QUICK_STEP_ROUNDS = 40, 10
-# ||result - exact|| / ||exact||, exact being float64 of the same operands: a rounding of the result, or of TF32's.
-RELATIVE = {"float16": 1e-3, "bfloat16": 8e-3, "tf32": 2e-3, "float32": TOLERANCE["layer"]}
+RELATIVE = TOLERANCE
 
 Note = Callable[[dict], None]
 
