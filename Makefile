@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint bench card memory gpu-check clean
+.PHONY: help setup train test test-slow soak lint bench reproduce card memory gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,16 +27,22 @@ train: $(READY)  ## train SimpleNet on the embedded images through the Triton ke
 
 # Two workers share two cores: one thread each, or they fight over both.
 test: $(READY)  ## the tests that together take a few minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not soak"
 
 test-slow: $(READY)  ## the tests marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not soak"
+
+soak: $(READY)  ## the tests of many minutes, for once in a while
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
 
-bench: $(READY)  ## time forward, gradients and a training step for each convolution
+bench: $(READY)  ## time convolutions, training steps, attacks and feeding, beside other implementations
 	$(BIN)/python -m pytest bench/ --benchmark-only
+
+reproduce: $(READY)  ## the course write-up's report, cut down to a quarter hour: runs/reproduce-quick/REPORT.html
+	$(BIN)/python -m bench.reproduce --quick
 
 card: $(READY)  ## what the compiler's output says of the kernels, on GPUs that are not here
 	$(BIN)/python -m bench.report_card

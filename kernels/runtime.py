@@ -279,7 +279,12 @@ def is_planned(tensor: torch.Tensor) -> bool:
 
 
 def operation(name: str) -> Callable[[Callable], Callable]:
-    """Registers `call(geometry, dtype, precision)`, which calls a launcher on meta tensors, for `compile_ahead`."""
+    """Registers `call(geometry, dtype, precision)`, which calls a launcher on meta tensors, for `compile_ahead`.
+
+    Raises ValueError for a name that is taken.
+    """
+    if name in _operations:
+        raise ValueError(f"an operation is called {name!r} already")
 
     def register(call: Callable[[ConvGeometry, torch.dtype, str], object]) -> Callable:
         _operations[name] = call
@@ -325,10 +330,10 @@ def launches_ahead(
 ) -> list[Launch]:
     """What `op` would launch on a GPU of `arch`, in that order, compiled without one.
 
-    op is "forward" (with a bias), "input_grad" or "weight_grad", or "relu_max_pool" or "relu_max_pool_grad", whose
-    window takes the filter's place; x_shape (N, Ci, H, W), w_shape (Co, Ci/groups, R, S), all tensors channels-last;
-    precision is "ieee" or "tf32" and concerns float32 alone. The launcher itself picks tile and arguments, on meta
-    tensors, and the JIT itself specialises them.
+    op is "forward" (with a bias), "input_grad" or "weight_grad", "relu_max_pool" or "relu_max_pool_grad", whose window
+    takes the filter's place, or a variant's name (kernels/variants), once that is imported; x_shape (N, Ci, H, W),
+    w_shape (Co, Ci/groups, R, S), all tensors channels-last; precision is "ieee" or "tf32" and concerns float32 alone.
+    The launcher itself picks tile and arguments, on meta tensors, and the JIT itself specialises them.
 
     Raises ValueError for an unknown operation, architecture, dtype or precision, and RuntimeError for a geometry that
     does not fit.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import kernels
+from kernels import variants
 from kernels.unfold import UnfoldConv2d
 from models import resnet18
 from models.customnet import CustomNet
@@ -22,11 +23,16 @@ MODELS: dict[str, type[nn.Module]] = {
     "simplevit": SimpleViT,
     "resnet18": ResNet18,
 }
-CONVOLUTIONS: dict[str, type[nn.Conv2d]] = {
+LABS: dict[str, type[nn.Conv2d]] = {
     "torch": nn.Conv2d,
     "unfold": UnfoldConv2d,
     "triton": kernels.Conv2d,
 }
+VARIANTS = variants.find(reserved=LABS)
+"""Those of kernels/variants; one whose file cannot be used raises ValueError, with the reason, when it is built."""
+CONVOLUTIONS = LABS | VARIANTS
+NATIVE = ("torch", "unfold")
+"""Made of PyTorch's own operators. All others are Triton kernels, also those that are not here (any more)."""
 
 # How often a model halves its images: one pixel must be left of them.
 HALVINGS = {"simplenet": 3, "customnet": 3, "resnet18": 5}
@@ -44,13 +50,16 @@ def build(
     fuse        whether ReLU, max-pool and batch norm join the triton convolution (`kernels.fuse`); None is yes. It
                 means nothing for the others
 
-    Weights of convolutions lie in `memory_format(conv)`. Raises ValueError for an unknown name or convolution, or a
-    size that does not fit.
+    Weights of convolutions lie in `memory_format(conv)`. Raises ValueError for an unknown name or convolution, a
+    variant that cannot be used, or a size that does not fit.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     if conv not in CONVOLUTIONS:
-        raise ValueError(f"unknown convolution {conv!r}; choose from {', '.join(CONVOLUTIONS)}")
+        raise ValueError(
+            f"unknown convolution {conv!r}; choose from {', '.join(CONVOLUTIONS)} (there is no "
+            f"kernels/variants/{conv}.py)"
+        )
     options = {"num_classes": num_classes, "conv": CONVOLUTIONS[conv]}
     if name not in HALVINGS:
         options["image_size"] = image_size
@@ -80,6 +89,8 @@ def memory_format(conv: str) -> torch.memory_format:
     """The layout in which a model with this convolution wants its parameters and its input.
 
     Triton kernels reduce over channels, so channels-last lets them load whole vectors; a batch brought to it once,
-    before the first layer, stays in it through ReLU and pooling and no layer converts.
+    before the first layer, stays in it through ReLU and pooling and no layer converts. A variant says its own.
     """
+    if conv in VARIANTS:
+        return VARIANTS[conv].memory_format
     return torch.channels_last if conv == "triton" else torch.contiguous_format

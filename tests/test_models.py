@@ -164,7 +164,8 @@ def test_weights_lie_in_the_layout_the_convolution_wants(name, conv):
             assert module.weight.is_contiguous(memory_format=models.memory_format(conv))
     others = set(model.parameters()) - {module.weight for module in model.modules() if isinstance(module, nn.Conv2d)}
     assert all(parameter.is_contiguous() for parameter in others)  # SimpleViT's positions among them
-    assert (models.memory_format(conv) == torch.channels_last) == (conv == "triton")
+    if conv in models.LABS:  # a variant says its own
+        assert (models.memory_format(conv) == torch.channels_last) == (conv == "triton")
 
 
 SIZES = [("simplenet", 8), ("simplenet", 33), ("customnet", 8), ("customnet", 33), ("simplevit", 8), ("simplevit", 96)]

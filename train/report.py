@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.runtime import backend_for
+from models import NATIVE
 from train.files import atomic_write, read_csv
 from train.memory import describe as describe_memory
 from train.recipes import Settings
@@ -27,7 +28,7 @@ def backend_of(conv: str, device: torch.device) -> str:
 
     Raises RuntimeError where Triton can do neither.
     """
-    return backend_for(device) if conv == "triton" else "native"
+    return "native" if conv in NATIVE else backend_for(device)
 
 
 def device_name(device: torch.device) -> str:

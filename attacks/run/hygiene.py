@@ -26,6 +26,7 @@ from attacks.run.autoattack import autoattack
 from attacks.run.kept import progress_bar
 from attacks.run.subject import Space, Subject, uses_tf32
 from attacks.square import square
+from models import NATIVE
 from train.data import spread
 from train.devices import one_thread
 
@@ -304,13 +305,13 @@ def half_way(curve: Sequence[tuple[float, float]]) -> float:
 def kernels_agree(examiner: Examiner, epsilon: float) -> Check:
     """Attacks crafted through one convolution and judged by another: a wrong gradient looks like robustness.
 
-    Of the model's own convolution and Triton's, or where that is its own, PyTorch's. Right kernels give the four
-    accuracies the same to a few images, for rounding alone turns signs of tiny gradients, and so pixels, but not what
-    an attack achieves; and before any step their gradients are the same to rounding.
+    Of the model's own convolution and Triton's, or where its own is made of Triton kernels, PyTorch's. Right kernels
+    give the four accuracies the same to a few images, for rounding alone turns signs of tiny gradients, and so pixels,
+    but not what an attack achieves; and before any step their gradients are the same to rounding.
     """
     name = "kernel check"
     mine = examiner.subject.settings.conv
-    other = "torch" if mine == "triton" else "triton"
+    other = "triton" if mine in NATIVE else "torch"
     try:
         twin = examiner.subject.computed_by(other)
     except RuntimeError as error:  # Triton can neither compile nor interpret here

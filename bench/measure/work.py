@@ -23,6 +23,7 @@ import torch
 from kernels.geometry import ConvGeometry
 from kernels.runtime import Launch
 from kernels.tiles import MASK
+from kernels.variants import OPERATIONS as VARIANTS
 
 PRODUCT, DEPTHWISE, SUM, COPY, UNKNOWN = "matrix product", "depthwise", "sum of splits", "copy", "unknown"
 
@@ -77,6 +78,25 @@ def work_of(op: str, geometry: ConvGeometry, dtype: torch.dtype, launches: Seque
             work = rule(name, geometry, dtype, programs, launch.arguments, left, result, masked=masked)
         found.append(work)
     return found
+
+
+def least_work(
+    op: str, geometry: ConvGeometry, dtype: torch.dtype, launches: Sequence[Launch], main: int
+) -> list[Work]:
+    """Of a variant's launches, of which `main` multiplies: what it executes and asks for nobody here can tell.
+
+    So it has the useful multiply-adds and the compulsory bytes, which are no more than what it does if it multiplies
+    each pair of elements once; the others have nothing.
+    """
+    return [
+        Work(
+            kind=UNKNOWN,
+            programs=prod(launch.grid),
+            multiply_adds=useful_multiply_adds(geometry) if index == main else 0,
+            compulsory=compulsory_bytes(op, geometry, dtype) if index == main else 0,
+        )
+        for index, launch in enumerate(launches)
+    ]
 
 
 def _product(
@@ -210,8 +230,8 @@ def result_bytes(op: str, g: ConvGeometry, dtype: torch.dtype) -> int:
 
 
 def unfused(op: str) -> str:
-    """ "forward" for "forward_relu", "input_grad" for "input_grad_masked"."""
-    return op.removesuffix("_relu").removesuffix(MASK)
+    """ "forward" for "forward_relu" and for variants, "input_grad" for "input_grad_masked"."""
+    return "forward" if op in VARIANTS else op.removesuffix("_relu").removesuffix(MASK)
 
 
 def accumulator_bytes(dtype: torch.dtype) -> int:

@@ -19,7 +19,7 @@ from bench.memory.figure import draw
 from bench.memory.history import history
 from bench.memory.live import follow
 from bench.memory.report import Result, make_report
-from bench.memory.step import CONVOLUTIONS, NUM_CLASSES, STEPS, Step, rehearse
+from bench.memory.step import CONVOLUTIONS, NUM_CLASSES, STEPS, UNFUSED, Step, rehearse
 from bench.memory.traffic import make_report as make_traffic_report
 from train import writeup
 from train.cli import Parser, UserError, number, path, run_command
@@ -64,7 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     whole, kinds = number(int, above=0), ", ".join(GPUS)
     add("model", choices=[*models.MODELS, ALL], help="whose training step")
-    add("--conv", nargs="+", choices=CONVOLUTIONS, metavar="CONV", help=f"{', '.join(CONVOLUTIONS)} (default: all)")
+    convolutions = (*CONVOLUTIONS, *models.VARIANTS)
+    add("--conv", nargs="+", choices=convolutions, metavar="CONV",
+        help=f"{', '.join(convolutions)} (default: the first {len(CONVOLUTIONS)})")
     add("--batch-size", type=whole, default=writeup.BATCH_SIZE, metavar="N", help="images a step (256)")
     add("--image-size", type=number(int, least=8), default=writeup.IMAGE_SIZE, metavar="N", help="side in pixels (128)")
     add("--amp", choices=list(AMP_DTYPES), default="off", help="automatic mixed precision (off)")
@@ -78,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--timeline", type=path, metavar="FILE", help="draw live bytes over the step, a PNG")
     add("--snapshot", type=path, metavar="FILE", help="write the history of one --conv for PyTorch's memory viewer")
     add("--json", type=path, metavar="FILE", help="write the figures, in bytes, into FILE too")
-    return parser
+    return parser  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -140,11 +142,12 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def require_model(step: Step) -> None:
-    """Raises UserError for a model that does not take such images, or so few a step."""
+    """Raises UserError for a model that does not take such images, or so few a step, and for an unusable variant."""
     size = step.image_size
     with torch.device("meta"):
         try:
-            models.build(step.model, "torch", NUM_CLASSES, size)(torch.empty(step.batch_size, 3, size, size))
+            model = models.build(step.model, step.conv.removesuffix(UNFUSED), NUM_CLASSES, size, fuse=False)
+            model(torch.empty(step.batch_size, 3, size, size))
         except ValueError as error:
             raise UserError(f"{step.model}, {step.batch_size} images a step: {error}") from error
 

@@ -23,7 +23,7 @@ FORWARD, BACKWARD, OPTIMIZER_STEP = "forward", "backward", "optimizer step"
 NUM_CLASSES = 100
 UNFUSED = "-unfused"
 """Behind "triton": its convolution alone, with PyTorch's ReLU, max-pool and batch norm."""
-CONVOLUTIONS = (*models.CONVOLUTIONS, f"triton{UNFUSED}")
+CONVOLUTIONS = (*models.LABS, f"triton{UNFUSED}")
 STEPS = 3
 """After so many memory is steady: the optimiser's state comes with the first, the allocator settles in the second."""
 
@@ -35,7 +35,7 @@ class Step:
     model: str
     """One of models.MODELS."""
     conv: str
-    """One of CONVOLUTIONS."""
+    """One of CONVOLUTIONS or models.VARIANTS."""
     batch_size: int
     """Images a step."""
     image_size: int
@@ -50,7 +50,7 @@ class Training:
     `tracker`, if any, is told what everything is; open it around the steps. On meta tensors `role` is what they stand
     for: "cpu", or a GPU's architecture. `on_phase` is called with the name of each phase of a step when it is over.
 
-    Raises ValueError for a model that does not take such images, or one alone.
+    Raises ValueError for a model that does not take such images, or one alone, and for a variant that cannot be used.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+import models
 from bench.conditions import conditions
 from bench.measure.meta import in_the_role_of
 from bench.measure.predict import GpuKind
@@ -20,7 +21,7 @@ LABEL = (
 OPTIMIZER, REST = "optimizer", "loss and rest"
 # What stands in the row: operators, or how their names begin where a star says so. What fits none is rest.
 ROWS = {
-    "convolution forward": ("aten.convolution", "conv_lab.forward"),
+    "convolution forward": ("aten.convolution", "conv_lab.forward", "conv_lab.variant_*"),
     INPUT_GRAD: (INPUT_GRAD, "conv_lab.input_grad"),
     WEIGHT_GRAD: (WEIGHT_GRAD, "conv_lab.weight_grad"),
     BIAS_GRAD: (BIAS_GRAD, "conv_lab.bias_grad"),
@@ -116,7 +117,7 @@ def notes(convs: Iterable[str]) -> list[str]:
         found.append(
             "Of fused operators: the rows include their ReLU, and a convolution's gradients each read its mask."
         )
-    if any(conv.startswith("triton") for conv in convs):
+    if any(conv not in models.NATIVE for conv in convs):
         found.append(
             "Launchers' buffers (layout copies, transposed weights, split-K workspaces) are in their operators' rows, "
             "written once and read once each."

@@ -9,6 +9,7 @@ Nothing is cached here but machine code that was read: tiles put into kernels/ti
 
 import dataclasses
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from bench.measure.occupancy import Occupancy, occupancy, waves
 from bench.measure.work import (
     Work,
     compulsory_bytes,
+    least_work,
     unfused,
     useful_multiply_adds,
     work_of,
@@ -28,6 +30,7 @@ from bench.measure.work import (
 from bench.shapes import Layer, name_of
 from kernels.geometry import ConvGeometry
 from kernels.runtime import Launch, launches_ahead
+from kernels.variants import OPERATIONS as VARIANTS
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
 FUSED = ("forward_relu", "input_grad_masked", "weight_grad_masked")
@@ -121,21 +124,22 @@ class Row:
     tensor_copies: bool
     """Whether the tensor copy engine (TMA) loads in the main loop."""
 
-    multiply_adds: int
-    """Executed, of all launches."""
+    multiply_adds: int | None
+    """Executed, of all launches; None of a variant's, which nobody here can count."""
     useful_multiply_adds: int
     zero_insertion_multiply_adds: int | None
     """Of an input gradient with a stride: what inserting zeros would have made of it."""
-    bytes_requested: int
-    """Of all launches."""
+    bytes_requested: int | None
+    """Of all launches; None of a variant's."""
     compulsory_bytes: int
 
-    quantisation: float
-    """How much longer the busiest multiprocessor multiplies than all would at an even spread."""
+    quantisation: float | None
+    """How much longer the busiest multiprocessor multiplies than all would at an even spread; None of a variant's."""
     bound_parts: dict[str, float]
     """Seconds of the main launch by what takes them."""
     bound_seconds: float | None
-    """Of all launches, one after another; None where the kernel cannot be launched."""
+    """Of all launches, one after another; None where the kernel cannot be launched. A variant's is that of useful
+    multiply-adds and compulsory bytes, spread evenly: it may do more, and then takes longer."""
     bound_by: str
     roofline_seconds: float
     roofline_by: str
@@ -153,14 +157,20 @@ class Row:
         return self.w_shape[1], self.w_shape[0] // self.groups
 
     @property
+    def counted(self) -> bool:
+        """Whether it is known what its kernels execute and ask for, which is so of the lab's own."""
+        return self.multiply_adds is not None
+
+    @property
     def depthwise(self) -> bool:
         return self.groups > 1 and self.w_shape[1] == 1
 
 
 def row(op: str, layer: ConvGeometry | Layer, dtype: torch.dtype, precision: str, arch: str) -> Row:
-    """The row of one of OPERATIONS or FUSED of `layer` on the GPU of `arch`, as "sm_80".
+    """The row of one of OPERATIONS or FUSED, or of a variant, of `layer` on the GPU of `arch`, as "sm_80".
 
-    Raises what `kernels.runtime.launches_ahead` does, and KeyError for an architecture of no known GPU.
+    Raises what `kernels.runtime.launches_ahead` does, ValueError for a variant whose kernel does not tell its tile, and
+    KeyError for an architecture of no known GPU.
     """
     gpu = GPUS[arch]
     geometry, name = (layer, None) if isinstance(layer, ConvGeometry) else (layer.geometry, layer.name)
@@ -169,15 +179,21 @@ def row(op: str, layer: ConvGeometry | Layer, dtype: torch.dtype, precision: str
     launches = launches_ahead(op, g.x_shape, g.w_shape, **options, dtype=dtype, precision=precision, arch=arch)
     if not launches:
         raise ValueError(f"{op} of {g.x_shape} launches nothing")
-    works = work_of(op, g, dtype, launches)
     codes = [sass.read(launch.kernel.asm["cubin"]) for launch in launches]
+    is_variant = op in VARIANTS
+    if is_variant:
+        main = max(range(len(launches)), key=lambda index: multiplied_at_once(launches[index], codes[index], dtype))
+        require_tile(launches[main])
+        works = least_work(op, g, dtype, launches, main)
+    else:
+        works = work_of(op, g, dtype, launches)
+        main = max(range(len(works)), key=lambda index: works[index].multiply_adds)
     bounds = [
         bound(gpu, work, code, warps=warps_of(launch), tile=tile_of(launch), dtype=dtype, precision=precision)
         for launch, work, code in zip(launches, works, codes, strict=True)
     ]
     useful, compulsory = useful_multiply_adds(g), compulsory_bytes(op, g, dtype)
     best = roofline(gpu, useful, compulsory, dtype, precision)
-    main = max(range(len(works)), key=lambda index: works[index].multiply_adds)
     launch, work, code, slowest = launches[main], works[main], codes[main], bounds[main]
     held = held_by(gpu, launch, code)
     in_waves = waves(blocks=work.programs, held=held, multiprocessors=gpu.multiprocessors) if held.blocks else None
@@ -201,12 +217,12 @@ def row(op: str, layer: ConvGeometry | Layer, dtype: torch.dtype, precision: str
         programs=work.programs,
         waves=in_waves and in_waves.count,
         last_wave_waste=in_waves and in_waves.waste,
-        multiply_adds=sum(one.multiply_adds for one in works),
+        multiply_adds=None if is_variant else sum(one.multiply_adds for one in works),
         useful_multiply_adds=useful,
         zero_insertion_multiply_adds=zero_insertion_multiply_adds(g) if is_strided else None,
-        bytes_requested=sum(one.bytes_requested for one in works),
+        bytes_requested=None if is_variant else sum(one.bytes_requested for one in works),
         compulsory_bytes=compulsory,
-        quantisation=slowest.quantisation,
+        quantisation=None if is_variant else slowest.quantisation,
         bound_parts=slowest.parts,
         bound_seconds=sum(one.seconds for one in bounds) if held.blocks else None,
         bound_by=by_of(bounds, main) if held.blocks else f"does not fit: {held.limit}",
@@ -229,7 +245,7 @@ def figures_of(launch: Launch, code: sass.Code, dtype: torch.dtype) -> dict[str,
     return dict(
         tile=tile,
         warps=warps,
-        stages=launch.arguments["num_stages"],
+        stages=launch.kernel.metadata.num_stages,
         registers=code.registers,
         shared_bytes=launch.kernel.metadata.shared,
         unrolled=loop.unrolled,
@@ -275,6 +291,20 @@ def dtype_name(dtype: torch.dtype, precision: str) -> str:
     """The key of DTYPES; precision concerns float32 alone."""
     kind = dtype, precision if dtype == torch.float32 else "ieee"
     return next(name for name, known in DTYPES.items() if known == kind)
+
+
+def multiplied_at_once(launch: Launch, code: sass.Code, dtype: torch.dtype) -> int:
+    """Multiply-adds of one pass of the main loops of all programs."""
+    once = pass_of(code.worked, warps=warps_of(launch), tile=tile_of(launch), itemsize=dtype.itemsize)
+    return prod(launch.grid) * once.multiply_adds
+
+
+def require_tile(launch: Launch) -> None:
+    if missing := {"BLOCK_M", "BLOCK_N", "BLOCK_K"} - launch.arguments.keys():
+        raise ValueError(
+            f"the card reads a kernel's tile from BLOCK_M, BLOCK_N and BLOCK_K, and {launch.kernel.metadata.name} has "
+            f"no {min(missing)}"
+        )
 
 
 def warps_of(launch: Launch) -> int:

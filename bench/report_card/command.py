@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--layer", nargs="+", metavar="NAME", help='of the models\' layers these alone, as "conv3x3-64"')
     add("--arch", nargs="+", choices=list(GPUS), default=list(DEFAULT_ARCHS), metavar="ARCH",
         help=f"GPUs: {archs} ({' '.join(DEFAULT_ARCHS)})")
-    operations = (*OPERATIONS, *FUSED)
+    operations = (*OPERATIONS, *FUSED, *models.VARIANTS)
     add("--op", nargs="+", choices=operations, default=list(OPERATIONS), metavar="OP",
         help=f"operations: {', '.join(operations)} (the first {len(OPERATIONS)})")
     add("--dtype", nargs="+", choices=list(DTYPES), default=["fp16"], help="what is multiplied (fp16)")
@@ -128,7 +128,14 @@ def compiled(
         task = bar.add_task("", total=len(wanted))
         for arch, dtype, op, layer in wanted:
             bar.update(task, description=f"{arch} {dtype} {op} {layer.name}")
-            yield row(op, layer, *DTYPES[dtype], arch)
+            try:
+                found = row(op, layer, *DTYPES[dtype], arch)
+            except (ValueError, NotImplementedError) as error:
+                if op not in models.VARIANTS:
+                    raise
+                # A layer that the variant does not take, or a kernel that does not tell its tile.
+                raise UserError(f"{op} of {layer.name}: {error}") from error
+            yield found
             bar.advance(task)
 
 
@@ -154,6 +161,9 @@ def layers_of(arguments: argparse.Namespace) -> list[Layer]:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises UserError for what can be known to be wrong before anything is compiled."""
+    for op in arguments.op:
+        if op in models.VARIANTS and (refusal := models.VARIANTS[op].refusal):
+            raise UserError(f"--op {op}: {refusal}")
     written = {flag: file for flag in ("json", "figure") if (file := getattr(arguments, flag)) is not None}
     for flag, file in written.items():
         if file.is_dir():

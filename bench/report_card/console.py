@@ -20,6 +20,9 @@ MOST_CHANGES = 40
 """Rows of a comparison that are shown; JSON has them all."""
 
 
+UNCOUNTED = "what a variant executes and asks for is not known; its bound is of useful products and compulsory bytes"
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     heading: str
@@ -47,7 +50,7 @@ COLUMNS = (
     Column("/1,000", 1, words.overhead),
     Column("/FMA", 14, words.per_fma),
     Column("loads", 3, words.loads),
-    Column("bytes\nx min", 9, lambda row: f"{row.bytes_requested / row.compulsory_bytes:.1f}"),
+    Column("bytes\nx min", 9, words.bytes_by_least),
     Column("bound\nus", 0, lambda row: words.microseconds(row.bound_seconds)),
     Column("by", 2, words.by),
     Column("roof", 2, lambda row: words.percent(row.roofline_share)),
@@ -128,6 +131,8 @@ def print_legend(
             told.add_row(heading.replace("\n", " "), text)
     if calibration:
         told.add_row("est. us", escape(calibration.label))
+    if not all(row.counted for row in rows):
+        told.add_row(words.UNKNOWN, f"{UNCOUNTED}, spread evenly")
     if any(row.from_the_tile for row in rows):
         told.add_row("sm_100", "multiply-adds of UTCHMMA are the tile's: its machine code does not tell them")
     if not {column.heading for column in COLUMNS} <= headings:
@@ -178,12 +183,13 @@ def details(row: Row, calibration: Calibration | None) -> list[tuple[str, str]]:
         ("global loads", f"{words.loads(row)} ({'' if row.asynchronous else 'no '}asynchronous copies, "
                          f"{'' if row.tensor_copies else 'no '}TMA)"
                          + ("" if row.copies_in_flight is None else f", {row.copies_in_flight} groups left in flight")),
-        ("work", f"{row.multiply_adds:,} multiply-adds for {useful:,} useful ones"
-                 + (f", {row.multiply_adds / useful:.2f} times as many" if useful else "")),
-        ("bytes", f"{row.bytes_requested:,} requested, {row.compulsory_bytes:,} compulsory"),
+        ("work", f"{words.whole(row.multiply_adds)} multiply-adds for {useful:,} useful ones"
+                 + (f", {row.multiply_adds / useful:.2f} times as many" if row.counted and useful else "")),
+        ("bytes", f"{words.whole(row.bytes_requested)} requested, {row.compulsory_bytes:,} compulsory"),
         ("bound", f"{words.microseconds(row.bound_seconds)} us by {row.bound_by} ({LABEL}): "
                   + ", ".join(f"{part} {words.microseconds(took)}" for part, took in row.bound_parts.items())
-                  + f"; busiest multiprocessor {row.quantisation:.2f} times the mean"),
+                  + (f"; busiest multiprocessor {row.quantisation:.2f} times the mean" if row.counted
+                     else f"; {UNCOUNTED}")),
         ("roofline", f"{words.microseconds(row.roofline_seconds)} us by {row.roofline_by}, "
                      f"{words.percent(row.roofline_share)} of its speed are left"),
     ]  # fmt: skip

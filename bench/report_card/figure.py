@@ -15,6 +15,7 @@ from train.files import atomic_write
 MARKS = dict(zip((*OPERATIONS, *FUSED), "os^Dpv", strict=True))
 SIZES = dict(zip((*OPERATIONS, *FUSED), (9, 6, 5, 9, 6, 5), strict=True))
 """Hollow and of several sizes, so that operations with the same figures are all seen."""
+VARIANTS_MARK, VARIANTS_SIZE = "*", 9
 LINES = dict(zip(DTYPES, ("-", "--", "-.", ":", (0, (1, 3))), strict=True))
 COLOURS = {
     "DRAM": "#1f77b4", "tensor cores": "#2ca02c", "FMA units": "#17becf", "issue": "#d62728",
@@ -60,10 +61,10 @@ def draw_panel(axes: Axes, arch: str, rows: Sequence[Row]) -> None:
     for row, intensity in zip(rows, intensities, strict=True):
         speed = 2 * row.useful_multiply_adds / row.bound_seconds / 1e12
         colour = COLOURS.get(row.bound_by, "grey")
-        style = dict(color=colour, markersize=SIZES[row.op], fillstyle="none", linestyle="none")
-        axes.plot([intensity], [speed], MARKS[row.op], **style)
+        style = dict(color=colour, markersize=SIZES.get(row.op, VARIANTS_SIZE), fillstyle="none", linestyle="none")
+        axes.plot([intensity], [speed], MARKS.get(row.op, VARIANTS_MARK), **style)
     for op in dict.fromkeys(row.op for row in rows):
-        axes.plot([], [], MARKS[op], color="black", fillstyle="none", linestyle="none", label=op)
+        axes.plot([], [], MARKS.get(op, VARIANTS_MARK), color="black", fillstyle="none", linestyle="none", label=op)
     for by in dict.fromkeys(row.bound_by for row in rows):
         axes.plot([], [], "o", color=COLOURS.get(by, "grey"), linestyle="none", label=f"bound by {by}")
     axes.set(xscale="log", yscale="log", xlabel="FLOP a compulsory byte", title=f"{gpu.name} ({arch})", xlim=ends)

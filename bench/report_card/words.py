@@ -69,5 +69,14 @@ def occupancy(row: Row) -> str:
     return f"{row.occupancy:.0%} {SHORT[row.occupancy_limit]}"
 
 
+def bytes_by_least(row: Row) -> str:
+    """What all loads and stores ask for, by the compulsory bytes."""
+    return f"{row.bytes_requested / row.compulsory_bytes:.1f}" if row.counted else UNKNOWN
+
+
+def whole(figure: int | None) -> str:
+    return UNKNOWN if figure is None else f"{figure:,}"
+
+
 def decimals(figure: float | None, digits: int = 2) -> str:
     return UNKNOWN if figure is None else f"{figure:.{digits}f}"
