@@ -22,7 +22,7 @@ from bench.measure.timer import Flush
 from bench.rows import PRECISION, SIZES, Row
 from bench.timing_ahead import compile_ahead
 from bench.timing_cases import Case, backend, fused_cases, operation_cases, step_cases, why_not
-from bench.timing_gpu import memory_of, speeds, work_of
+from bench.timing_gpu import host_of, memory_of, speeds, work_of
 from bench.timing_rounds import Call, Turns, clock, one, rotating, rounds_of
 from bench.timing_tables import Paired, conditions_lines, feeding_table, paired_table, print_rows
 from train.report import backend_of, device_name
@@ -31,6 +31,8 @@ ROWS = pytest.StashKey[list[Row]]()
 FEEDING = pytest.StashKey[dict[str, float]]()
 PAIRED = pytest.StashKey[dict[str, list[Paired]]]()
 AHEAD = pytest.StashKey[dict[str, int | str]]()
+AHEAD_SECONDS = 5e-3
+"""What the GPU is kept busy for while the host queues a row's call, which took it up to 2 ms through autograd."""
 # What only pytest-benchmark's own tables show; without any of these they are left out.
 THEIR_OPTIONS = ("benchmark_columns", "benchmark_compare", "benchmark_histogram", "benchmark_cprofile")
 CASES = {"operation_case": operation_cases, "fused_case": fused_cases, "step_case": step_cases}
@@ -129,7 +131,7 @@ def where(device: torch.device) -> dict:
 @pytest.fixture(scope="session")
 def before_each(device: torch.device) -> Callable[[], None] | None:
     """What makes each timed call start from the same state."""
-    return Flush(device) if device.type == "cuda" else None
+    return Flush(device, ahead=AHEAD_SECONDS) if device.type == "cuda" else None
 
 
 @pytest.fixture
@@ -147,15 +149,17 @@ def timed(benchmark, request, device, where, before_each) -> Callable[..., None]
 
     def run(calls: list[Call], case: Case, *, error: float) -> None:
         rounds = rounds_of(calls[0], device)
-        figures = memory_of(calls[0], device) if device.type == "cuda" else {}
+        on_gpu, is_step = device.type == "cuda", case.layer is None
+        figures = memory_of(calls[0], device) | host_of(calls[0], device) if on_gpu else {}
         benchmark.extra_info.update(
             where, **case.facts(device), relative_error=error, n=rounds, copies=len(calls), **figures
         )
-        benchmark.pedantic(one, setup=rotating(calls, before_each), rounds=rounds)
+        # A whole step is timed as its user waits for it: with what its launches cost the host.
+        benchmark.pedantic(one, setup=rotating(calls, None if is_step else before_each), rounds=rounds)
         if not benchmark.enabled:
             return
         seconds, work = benchmark.stats.stats.median, work_of(case)
-        if device.type == "cuda" and work is not None:
+        if on_gpu and work is not None:
             figures |= speeds(work, seconds, case, "sm_{}{}".format(*torch.cuda.get_device_capability(device)))
             benchmark.extra_info.update(figures)
         request.config.stash[ROWS].append(

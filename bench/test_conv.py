@@ -11,7 +11,7 @@ from itertools import starmap
 import torch
 from torch import nn
 
-from bench.rows import TOLERANCE, relative_error
+from bench.rows import relative_error
 from bench.timing_cases import KINDS, Case, convolution
 from bench.timing_rounds import copies_of, multiplying
 
@@ -94,7 +94,7 @@ def run(operation: Callable[[Operands], Call], case: Case, device: torch.device,
     with multiplying(KINDS[case.kind]):
         calls = [operation(operands)]
         error = max(starmap(relative_error, zip(calls[0](), exact, strict=True)))
-        assert error <= TOLERANCE[case.kind], f"{case.contender} is wrong by {error:.1e}, so its time means nothing"
+        assert error <= case.tolerance, f"{case.contender} is wrong by {error:.1e}, so its time means nothing"
         del exact
         calls += [operation(Operands.of(case, device)) for _ in range(copies_of(operands.nbytes) - 1)]
         timed(calls, case, error=error)

@@ -10,7 +10,7 @@ from itertools import starmap
 from bench.gpu_check import chains
 from bench.gpu_check.chains import Operands
 from bench.memory.step import UNFUSED
-from bench.rows import TOLERANCE, relative_error
+from bench.rows import relative_error
 from bench.timing_rounds import copies_of, multiplying
 
 BY = {"torch": chains.native, f"triton{UNFUSED}": chains.unfused, "triton": chains.ours}
@@ -24,7 +24,7 @@ def run(case, device, timed) -> None:
     with multiplying(chain):
         calls = [partial(by, chain, operands)]
         error = max(starmap(relative_error, zip(calls[0](), exact, strict=True)))
-        assert error <= TOLERANCE[case.kind], f"{case.contender} is wrong by {error:.1e}, so its time means nothing"
+        assert error <= case.tolerance, f"{case.contender} is wrong by {error:.1e}, so its time means nothing"
         del exact
         nbytes = sum(getattr(operands, name).nbytes for name in ("x", "w", "y", "dy"))
         calls += [partial(by, chain, Operands.of(chain, device)) for _ in range(copies_of(nbytes) - 1)]

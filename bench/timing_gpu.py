@@ -2,6 +2,8 @@
 
     peak_bytes            what one call allocates at most, above what lay there before it: its result and workspaces,
                           not its operands (PyTorch's allocator)
+    host_seconds          what the host needs to queue one call; where it is above the time, the host is what a training
+                          waits for
     nvml_process_bytes    what the driver says this process has, the benchmark's own buffers included; None where it
                           cannot tell processes apart
     tflops                two operations a useful multiply-add, of the convolution's geometry: the halo's zeros are none
@@ -11,6 +13,8 @@
 On a CPU there is none of them: its rows are there to show that they run.
 """
 
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -27,6 +31,7 @@ from bench.shapes import Layer
 from bench.timing_cases import KINDS, Case
 
 GRADIENTS = ("input_grad", "weight_grad")
+HOST_CALLS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +84,17 @@ def memory_of(call: Callable[[], object], device: torch.device) -> dict[str, Any
     except NvmlUnavailable as reason:
         return found | {"nvml": f"not available: {reason}"}
     return found | {"nvml_process_bytes": told.process, "nvml_used_bytes": told.used}
+
+
+def host_of(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """What the host needs to queue one call: the median of HOST_CALLS, each for a GPU that has nothing else to do."""
+    times = []
+    for _ in range(HOST_CALLS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+        torch.cuda.synchronize(device)
+    return {"host_seconds": statistics.median(times)}
 
 
 def speeds(work: Work, seconds: float, case: Case, arch: str) -> dict[str, Any]:

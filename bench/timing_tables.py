@@ -89,15 +89,15 @@ def reached_table(group: str, rows: Sequence[Row]) -> Table:
     """A line for each layer and type: what triton reached; its peak, PyTorch's and the process's memory (NVML)."""
     figures = {(row.what, row.kind, row.contender): row.figures for row in rows}
     table = _table(f"{group}, {MAIN} on this GPU")
-    for name in ("TFLOP/s", "GB/s", "% of\nroof", "peak\nMiB", "torch\nMiB", "NVML\nMiB"):
+    for name in ("TFLOP\n/s", "GB/s", "% of\nroof", "host\nms", "peak\nMiB", "torch\nMiB", "NVML\nMiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for what, kind in _lines(rows):
         ours, theirs = (figures.get((what, kind, contender), {}) for contender in (MAIN, "torch"))
-        share = ours.get("roofline_share")
+        tflops, share, host = (ours.get(name) for name in ("tflops", "roofline_share", "host_seconds"))
         memory = ours.get("peak_bytes"), theirs.get("peak_bytes"), ours.get("nvml_process_bytes")
         table.add_row(
-            what, kind, _number(ours.get("tflops"), 1), _number(ours.get("gb_per_s")),
-            _number(share and 100 * share), *(_number(_mib(nbytes)) for nbytes in memory),
+            what, kind, _number(tflops, 1 if (tflops or 0) < 100 else 0), _number(ours.get("gb_per_s")), _number(share and 100 * share),
+            _number(host and 1e3 * host, 2), *(_number(_mib(nbytes)) for nbytes in memory),
         )  # fmt: skip
     return table
 
@@ -147,6 +147,7 @@ def conditions_lines(
     if sheets := dict.fromkeys(str(row.figures["roofline"]) for row in rows if "roofline" in row.figures):
         yield f"roofline: {', '.join(sheets)}, by its data sheet"
     if any("peak_bytes" in row.figures for row in rows):
+        yield "host: to queue a call of triton's; while it is above the time, training waits for Python"
         yield "MiB: a call of triton's or torch's, above what lay there before; the process, buffers included (NVML)"
     if ahead:
         yield f"compiled before the first row: {ahead['compiled']} of {ahead['of']}" + (

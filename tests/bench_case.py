@@ -26,7 +26,7 @@ def case(contender: str = "torch", kind: str = "float32", group: str = "forward"
 def rows_of(*contenders: str, on_gpu: bool = False) -> list[Row]:
     figures = {
         "tflops": 1234.5, "gb_per_s": 3210.0, "roofline_share": 0.98, "peak_bytes": 2**34, "roofline": "H100 SXM",
-        "nvml_process_bytes": 2**36,
+        "nvml_process_bytes": 2**36, "host_seconds": 0.01234,
     }  # fmt: skip
     return [
         Row(

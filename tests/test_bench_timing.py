@@ -13,7 +13,7 @@ from bench.gpu_check.chains import Chain
 from bench.measure import timer
 from bench.measure.gpus import GPUS
 from bench.measure.nvml import NvmlUnavailable
-from bench.rows import Row
+from bench.rows import TOLERANCE, Row
 from bench.shapes import Layer
 from bench.timing_cases import KINDS, OPERATIONS, fused_cases, operation_cases, step_cases
 from bench.timing_gpu import memory_of, speeds, work_of
@@ -151,6 +151,46 @@ def test_memory_is_what_one_call_adds_and_what_the_driver_says(monkeypatch):
 
     monkeypatch.setattr(timing_gpu, "gpu_memory", absent)
     assert memory_of(lambda: None, CPU) == {"peak_bytes": 64, "nvml": "not available: no driver"}
+
+
+def test_the_host_is_timed_while_it_queues_and_not_while_it_waits(monkeypatch):
+    now = [0.0]
+
+    def passes(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(timing_gpu.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: passes(100.0))
+    queueing = iter([3.0, 1.0, 2.0, 9.0, 1.0])
+    assert timing_gpu.host_of(lambda: passes(next(queueing)), CPU) == {"host_seconds": 2.0}
+
+
+def test_a_fast_gpu_is_kept_writing_while_the_host_runs_ahead(monkeypatch):
+    now = iter([0.0, 0.4e-3])  # of one write
+
+    class Time:
+        def __init__(self):
+            self.at = next(now)
+
+        def __sub__(self, start):
+            return self.at - start.at
+
+    writes = []
+    monkeypatch.setattr(timer, "EventTime", Time)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(zero_=lambda: writes.append(1)))
+    flush = timer.Flush(CPU, ahead=5e-3)
+    writes.clear()
+    flush()
+    assert len(writes) == 13
+    assert timer.Flush(CPU).writes == 1
+
+
+def test_only_ours_are_held_to_the_tolerance():
+    allowed = {name: case(contender=name, kind="float16").tolerance for name in
+               ("triton", "triton-unfused", "unfold", "torch", "torch-channels-last", "inductor")}  # fmt: skip
+    ours = TOLERANCE["float16"]
+    assert allowed == {"triton": ours, "triton-unfused": ours, "unfold": ours, "torch": 10 * ours,
+                       "torch-channels-last": 10 * ours, "inductor": 10 * ours}  # fmt: skip
 
 
 def test_kernels_are_compiled_ahead_once_for_the_rows_asked_for():

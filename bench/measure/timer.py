@@ -4,6 +4,8 @@ A host clock would add what Python needs to queue the work, and without synchron
 are recorded by the GPU itself, between the kernels around them.
 """
 
+import math
+
 import torch
 
 
@@ -25,11 +27,20 @@ class Flush:
 
     The host queues the timed kernels while the GPU is still writing; otherwise short ones would be timed together
     with the gaps in which the GPU waits for the next.
+
+    ahead    keep the GPU writing for so many seconds; one write takes a few milliseconds on a T4 and a third of one on
+             an H100, which is more than the host needs for bare launches
     """
 
-    def __init__(self, device: torch.device) -> None:
-        # A few milliseconds on a T4 and half of one on an H200: more than the host needs for a layer's launches.
+    def __init__(self, device: torch.device, *, ahead: float = 0.0) -> None:
         self.buffer = torch.empty(2**30, dtype=torch.uint8, device=device)
+        self.writes = 1
+        if ahead:
+            self()  # the first write is slower
+            start = EventTime()
+            self()
+            self.writes = max(1, math.ceil(ahead / (EventTime() - start)))
 
     def __call__(self) -> None:
-        self.buffer.zero_()
+        for _ in range(self.writes):
+            self.buffer.zero_()
