@@ -96,8 +96,9 @@ def reached_table(group: str, rows: Sequence[Row]) -> Table:
         tflops, share, host = (ours.get(name) for name in ("tflops", "roofline_share", "host_seconds"))
         memory = ours.get("peak_bytes"), theirs.get("peak_bytes"), ours.get("nvml_process_bytes")
         table.add_row(
-            what, kind, _number(tflops, 1 if (tflops or 0) < 100 else 0), _number(ours.get("gb_per_s")), _number(share and 100 * share),
-            _number(host and 1e3 * host, 2), *(_number(_mib(nbytes)) for nbytes in memory),
+            what, kind, _number(tflops, 1 if (tflops or 0) < 100 else 0), _number(ours.get("gb_per_s")),
+            _number(share and 100 * share), "-" if host is None else f"{1e3 * host:.2g}",
+            *(_number(_mib(nbytes)) for nbytes in memory),
         )  # fmt: skip
     return table
 
