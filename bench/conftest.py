@@ -183,13 +183,12 @@ def side_by_side(benchmark, request, device, where) -> Callable[..., None]:
         turns = Turns(calls, device)
         rounds = turns.warm_up()
         benchmark.group = section
-        benchmark.pedantic(calls[turns.first], setup=turns.before, teardown=turns.after, rounds=rounds)
+        benchmark.pedantic(calls[turns.first], setup=turns.round, rounds=rounds)
         if not benchmark.enabled:
             return
-        times = {turns.first: benchmark.stats.stats.data} | turns.times
-        seconds = {name: statistics.median(values) for name, values in times.items()}
+        seconds = {name: statistics.median(values) for name, values in turns.times.items()}
         ratios = {
-            name: statistics.median(a / b for a, b in zip(times[turns.first], times[name], strict=True))
+            name: statistics.median(a / b for a, b in zip(turns.times[turns.first], turns.times[name], strict=True))
             for name in turns.others
         }
         shape, by = "x".join(map(str, x_shape)), backend_of(conv, device)

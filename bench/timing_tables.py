@@ -89,6 +89,7 @@ def reached_table(group: str, rows: Sequence[Row]) -> Table:
     """A line for each layer and type: what triton reached; its peak, PyTorch's and the process's memory (NVML)."""
     figures = {(row.what, row.kind, row.contender): row.figures for row in rows}
     table = _table(f"{group}, {MAIN} on this GPU")
+    table.padding = 0  # nine columns in 80
     for name in ("TFLOP\n/s", "GB/s", "% of\nroof", "host\nms", "peak\nMiB", "torch\nMiB", "NVML\nMiB"):
         table.add_column(name, justify="right", no_wrap=True)
     for what, kind in _lines(rows):

@@ -6,7 +6,7 @@ out; and bfloat16 is computed in float32 and rounded at the end.
 """
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -43,6 +43,22 @@ def interpret(
     # bfloat16 bit patterns as integers, so such kernels run on float32 copies: products of bfloat16 values are exact
     # there, and sums are float32 on a GPU too.
     wide = [arg.float() if _is_bfloat16(arg) else arg for arg in args]
+    _with_room(partial(_execute, kernel, grid, wide, constants))
+    if _is_bfloat16(output):
+        output.copy_(next(copy for arg, copy in zip(args, wide, strict=True) if arg is output))
+
+
+_UNUSED = ", ".join(f"unused{i}=None" for i in range(33 * 1024 // 8))
+_with_room = eval(f"lambda call, {_UNUSED}: call()")
+"""Calls `call`, from a frame so large that all below it share one block of memory.
+
+CPython keeps frames in blocks of 16 KiB, and asks the system for another at each call that leaves the last: a kernel
+whose calls happened to cross there took twice its time, according to how deep its caller was (Python 3.11). This frame
+has arguments for 33 KiB, so it takes a block of 64 KiB, and leaves almost half of it.
+"""
+
+
+def _execute(kernel: InterpretedFunction, grid: tuple[int, int], args: list, constants: dict) -> None:
     builder = triton_interpreter.interpreter_builder
     with np.errstate(all="ignore"), _blas().limit(limits=1, user_api="blas"):
         usual = dict(vars(builder))
@@ -54,12 +70,10 @@ def interpret(
         builder.create_addptr, builder.create_broadcast, builder.create_splat = _add, _broadcast, _splat
         try:
             executor = _InPlace(kernel.rewrite(), kernel.arg_names, grid)
-            executor(*wide, **constants)
+            executor(*args, **constants)
         finally:
             vars(builder).clear()
             vars(builder).update(usual)
-    if _is_bfloat16(output):
-        output.copy_(next(copy for arg, copy in zip(args, wide, strict=True) if arg is output))
 
 
 def _add(pointers: TensorHandle, offsets: TensorHandle) -> TensorHandle:

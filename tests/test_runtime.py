@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import interpreter_builder
 
-from kernels import conv2d, runtime
+from kernels import conv2d, interpreter, runtime
 
 
 def test_backends_by_device():
@@ -262,3 +262,9 @@ def test_an_interpreted_launch_keeps_no_memory(layout, dtype, groups):
         assert not [storage for storage in stored if storage() is not None]
     finally:
         gc.enable()
+
+
+def test_an_interpreted_kernel_has_room_on_the_stack():
+    """More than two of CPython's blocks of 16 KiB, so that its frames get a block of their own, of 64."""
+    assert 8 * interpreter._with_room.__code__.co_nlocals > 2 * 16 * 1024
+    assert interpreter._with_room(lambda: 3) == 3
