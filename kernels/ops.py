@@ -36,7 +36,7 @@ from kernels.operators import is_channels_last, layout_of, like, operator
 from kernels.weight_grad import weight_grad
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision_for(dtype: torch.dtype) -> str:
     """ "tf32" where PyTorch's own switch for convolutions allows it, else "ieee"; only float32 knows the difference."""
     return "tf32" if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
@@ -53,7 +53,7 @@ def _launch_forward(
 ) -> torch.Tensor:
     geometry = ConvGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
     layout = layout_of(is_channels_last(x) or is_channels_last(w))
-    return forward(x, w, bias, geometry, relu=relu, precision=_precision(x.dtype), memory_format=layout)
+    return forward(x, w, bias, geometry, relu=relu, precision=precision_for(x.dtype), memory_format=layout)
 
 
 def _forward_like(x, w, bias, stride, padding, dilation, groups, relu=False):
@@ -74,7 +74,7 @@ def _launch_input_grad(
 ) -> torch.Tensor:
     geometry = ConvGeometry.of(x_shape, w.shape, stride, padding, dilation, groups)
     layout = layout_of(channels_last)
-    return input_grad(dy, w, geometry, mask=mask, precision=_precision(dy.dtype), memory_format=layout)
+    return input_grad(dy, w, geometry, mask=mask, precision=precision_for(dy.dtype), memory_format=layout)
 
 
 def _input_grad_like(dy, w, x_shape, stride, padding, dilation, groups, channels_last, mask=None):
@@ -94,7 +94,7 @@ def _launch_weight_grad(
 ) -> torch.Tensor:
     geometry = ConvGeometry.of(x.shape, w_shape, stride, padding, dilation, groups)
     layout = layout_of(channels_last)
-    return weight_grad(dy, x, geometry, mask=mask, precision=_precision(dy.dtype), memory_format=layout)
+    return weight_grad(dy, x, geometry, mask=mask, precision=precision_for(dy.dtype), memory_format=layout)
 
 
 def _weight_grad_like(dy, x, w_shape, stride, padding, dilation, groups, channels_last, mask=None):

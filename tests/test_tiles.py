@@ -31,7 +31,7 @@ def test_the_ieee_tile_computes_the_same_when_interpreted(x_shape, w_shape, geom
     gpu_tiles("sm_80")
     if w_shape[1] == 1:
         pytest.skip("a depthwise convolution has no product of matrices, and no precision of one")
-    monkeypatch.setattr(ops, "_precision", lambda dtype: "ieee")
+    monkeypatch.setattr(ops, "precision_for", lambda dtype: "ieee")
     taken = []
     lookup = tiles._lookup
     monkeypatch.setattr(tiles, "_lookup", lambda *a: taken.append(lookup(*a)) or taken[-1])
@@ -41,7 +41,7 @@ def test_the_ieee_tile_computes_the_same_when_interpreted(x_shape, w_shape, geom
 
 def test_the_input_gradient_reads_transposed_weights_in_tf32(gpu_tiles, monkeypatch):
     gpu_tiles("sm_90")
-    monkeypatch.setattr(ops, "_precision", lambda dtype: "tf32")  # which the interpreter does not round to
+    monkeypatch.setattr(ops, "precision_for", lambda dtype: "tf32")  # which the interpreter does not round to
     copies = []
     with runtime.on_allocate(lambda nbytes, what, tensor: copies.append(what)):
         for x_shape, w_shape, geometry in (case.values for case in CASES):

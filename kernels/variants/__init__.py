@@ -27,7 +27,7 @@ from kernels import runtime
 from kernels.autocast import autocast
 from kernels.geometry import ConvGeometry
 from kernels.operators import like, operator
-from kernels.ops import Convolution, _precision
+from kernels.ops import Convolution, precision_for
 
 Launch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, ConvGeometry, str], None]
 
@@ -100,7 +100,7 @@ def conv2d_by(forward: Launch, *, memory_format: torch.memory_format = torch.cha
         groups: int,
     ) -> torch.Tensor:
         geometry = ConvGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
-        return run(x, w, bias, geometry, _precision(x.dtype))
+        return run(x, w, bias, geometry, precision_for(x.dtype))
 
     def launch_like(x, w, bias, stride, padding, dilation, groups):
         geometry = ConvGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
