@@ -4,6 +4,7 @@ Results and gradients in float64 for its three pairs of padding and stride, and 
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 import models
 from bench.conditions import conditions
+from bench.reproduce.plan import WRITTEN
 from train.cli import Parser, path, run_command
 from train.devices import pick_device
 from train.files import write_json
@@ -29,7 +31,6 @@ EPS, ATOL = 1e-4, 1e-5
 TOLERANCE = 1e-12
 """||result - nn.Conv2d's|| / ||nn.Conv2d's||, float64: some thousand roundings of 1e-16."""
 TENSORS = ("result", "input gradient", "weight gradient", "bias gradient")
-WRITTEN = ("unfold", "triton")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,12 +50,27 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def command(arguments: argparse.Namespace) -> None:
+    """Exits 1 where a convolution is wrong."""
     device = pick_device(arguments.device)
     torch.set_num_threads(1)  # twelve pixels wide: more threads would only wait for each other
     report = check(device)
     if arguments.json is not None:
         write_json(arguments.json, report)
     show(Console(highlight=False), report)
+    if wrong := wrongs(report):
+        sys.stdout.flush()
+        sys.exit(f"wrong: {'; '.join(wrong)}")
+
+
+def wrongs(report: dict[str, Any]) -> list[str]:
+    """What is above the tolerance, or no number, and gradchecks that failed, in words."""
+    found = [
+        f"{row['conv']}, padding {row['padding']}, stride {row['stride']}: {name} is off by {error:.1e}"
+        for row in report["rows"]
+        for name, error in row["errors"].items()
+        if not error <= report["tolerance"]
+    ]
+    return found + [f"{conv}: gradcheck failed" for conv, one in report["gradcheck"].items() if one["failed"]]
 
 
 def check(device: torch.device) -> dict[str, Any]:

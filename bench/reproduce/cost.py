@@ -14,7 +14,7 @@ REASONS = 3
 
 
 def memory(results: Results) -> list[str]:
-    """Section 4: memory."""
+    """Section 4."""
     try:
         reports = {report["model"]: report for report in results.json(MEMORY, "memory.json")["reports"]}
         reason = ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.reproduce.plan import Scope
+from bench.reproduce.plan import MODERN, MORE, PRETRAIN, RUNS, Scope
 from bench.reproduce.stages import Outcome
 from train.cli import UserError
 from train.runs import Run, read_run
@@ -33,9 +33,13 @@ class Results:
         if outcome.reason is not None:
             raise Missing(outcome.reason)
 
-    def json(self, stage: str, name: str) -> dict[str, Any]:
-        """The stage's file `name`, which lies in `out`. Raises Missing."""
-        self.require(stage)
+    def json(self, stage: str, name: str, *, even_failed: bool = False) -> dict[str, Any]:
+        """The stage's file `name`, which lies in `out`. Raises Missing.
+
+        even_failed     also of a stage that ran and failed, whose file says by what
+        """
+        if not (even_failed and stage in self.outcomes and (self.out / name).exists()):
+            self.require(stage)
         try:
             return json.loads((self.out / name).read_text())
         except (OSError, ValueError) as error:
@@ -45,9 +49,12 @@ class Results:
         """Of a training. Raises Missing."""
         self.require(stage)
         try:
-            return read_run(self.out / "runs" / stage)
+            found = read_run(self.out / (MORE if stage in (MODERN, PRETRAIN) else RUNS) / stage)
         except UserError as error:
             raise Missing(str(error)) from error
+        if found.summary is None:
+            raise Missing("it is not finished")
+        return found
 
     def figure(self, stage: str, name: str, caption: str) -> str:
         """Markdown of a picture in `out`, or of why there is none."""

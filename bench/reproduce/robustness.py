@@ -1,11 +1,12 @@
 """The report's sections on attacks and adversarial training."""
 
+from pathlib import Path
 from typing import Any
 
 from attacks.sweep import WRITEUP
 from bench.reproduce.page import table
-from bench.reproduce.plan import ROBUST, SWEEP
-from bench.reproduce.results import Missing, Results
+from bench.reproduce.plan import PRETRAIN, ROBUST, SWEEP
+from bench.reproduce.results import Missing, Results, cell
 from train import writeup
 
 TARGETS = tuple(writeup.UNDER_ATTACK[10, 0.01, 0.1])
@@ -20,15 +21,16 @@ def attack(results: Results) -> list[str]:
         names = ("num_steps", "step_size", "epsilon", "target")
         found = {tuple(row[name] for name in names): pair(row) for row in report["rows"]}
         clean, about, doubts = pair(report["clean"]), subject(report), report["doubts"]
+        missing, checks = "not available: sweep.json lacks it", checked(report["checks"])
     except Missing as reason:
-        found, clean = {}, f"not available: {reason}"
-        about, doubts = clean, []
+        found, missing = {}, f"not available: {reason}"
+        clean, about, doubts, checks = missing, missing, [], [missing]
     rows = []
     for setting in WRITEUP:
         numbers = (setting.num_steps, setting.step_size, setting.epsilon)
         row = ["{:g} / {:g} / {:g}".format(*numbers)]
         for target in TARGETS:
-            row += [found.get((*numbers, target), clean), both(writeup.UNDER_ATTACK[numbers][target])]
+            row += [found.get((*numbers, target), missing), both(writeup.UNDER_ATTACK[numbers][target])]
         rows.append(row)
     headers = ["steps / step size / epsilon"]
     for target in TARGETS:
@@ -40,6 +42,8 @@ def attack(results: Results) -> list[str]:
         f"Clean: {clean}. {about}",
         same_ball(found),
         *(f"Doubt: {doubt}." for doubt in doubts),
+        "Whether it can be believed, by the attacks' own checks:",
+        *checks,
         results.figure(SWEEP, "sweep/sweep.png", "Least and most likely over the settings"),
         results.figure(
             SWEEP, "sweep/sweep-samples.png", "Clean and perturbed: the default, more steps, and all three raised"
@@ -81,13 +85,24 @@ def hardening(results: Results) -> list[str]:
     ]  # fmt: skip
     if report:
         training, final = report["training"], report["attack"]
+        epochs = cell(lambda: f"{results.run(PRETRAIN).config['epochs']} epochs")
         blocks.append(
-            f"Pre-trained, then further epochs ({training['epochs']} each) by the recipe's schedule from its start; "
+            f"Pre-trained ({epochs}), then {training['epochs']} more each by the recipe's schedule from its start; "
             f"the adversarial copy's on images of {training['num_steps']} steps of {training['step_size']:g}, epsilon "
             f"{training['epsilon']:g}, {training['target'].replace('_', ' ')}. At the end {final['num_steps']} steps "
             f"of {final['step_size']:g}, epsilon {final['epsilon']:g}. {subject(report['pretrained'])}"
         )
+        for name in ("plain", "adversarial"):
+            blocks += [f"Checks of the {name} copy:", *checked(report["copies"][name]["checks"])]
     return [*blocks, results.figure(ROBUST, "robust/robust.png", "Both copies under attack, and over epsilon")]
+
+
+def checked(examination: dict[str, Any]) -> list[str]:
+    """The checks of an attack as a table: what was found, and what it means."""
+    rows = [
+        [check["name"], check["found"], check["words"] or check["verdict"]] for check in examination["checks"]
+    ]
+    return [table(("check", "found", "verdict"), rows, words=3)]
 
 
 def pair(figures: dict[str, float]) -> str:
@@ -101,7 +116,8 @@ def both(figures: tuple[float, float]) -> str:
 def subject(conditions: dict[str, Any]) -> str:
     """What was attacked, and by which convolution."""
     return (
-        f"Of {conditions['images']:,} validation images, {conditions['image_size']} px, {conditions['classes']} "
+        f"The weights after epoch {conditions['epoch']} ({Path(conditions['checkpoint']).name}) on "
+        f"{conditions['images']:,} validation images, {conditions['image_size']} px, {conditions['classes']} "
         f"classes; {conditions['conv']} convolution ({conditions['backend']}), {conditions['device']}, "
         f"{conditions['precision']}."
     )

@@ -3,15 +3,18 @@
 Of each stage DIR/stages/NAME.json says how it ended and DIR/stages/NAME.txt what it printed.
 """
 
+import contextlib
+import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 from bench.reproduce.plan import Stage
@@ -20,7 +23,12 @@ from train.files import write_json
 
 SECONDS_TO_STOP = 120
 """Given to an interrupted stage for its checkpoint."""
+SECONDS_TO_LOOK = 0.3
+"""Between two looks at what a stage has printed."""
+TAIL = 16384
+"""Bytes of that: what it said last is among them."""
 FOLDER = "stages"
+INTERRUPTED = "it was interrupted"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,108 +40,134 @@ class Outcome:
     seconds: float
     reason: str | None
     """Why it failed, in one line; None where it did not."""
+    ended: str
+    """When, by ISO 8601."""
+    device: str
+    commit: str | None
+    """The lab's."""
 
 
 def outcome_of(stage: Stage, out: Path) -> Outcome | None:
-    """None of a stage that never began, or whose command was another.
+    """None of a stage that never began, whose command was another, or whose training is gone.
 
     Raises UserError where another command's training would be gone on with.
     """
     file = out / FOLDER / f"{stage.name}.json"
     try:
         outcome = Outcome(**json.loads(file.read_text()))
+        float(outcome.seconds)
     except FileNotFoundError:
         outcome = None
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} is damaged; delete it and what the stage wrote") from error
-    if outcome is not None and outcome.command == stage.typed(out):
-        return outcome
-    if stage.has_begun:
-        raise UserError(f"{stage.run_folder} holds a run of another command; delete it, or name another --out")
-    return None
+    same = outcome is not None and outcome.command == stage.typed
+    if not same and stage.has_begun(out):
+        folder = out / stage.run_folder
+        raise UserError(f"{folder} holds a run of another command; move it away, or name another --out")
+    is_gone = stage.run_folder is not None and not stage.has_begun(out)
+    return outcome if same and not is_gone else None
 
 
 def run_all(
-    stages: Sequence[Stage], out: Path, begin: Callable[[Stage], None], told: Callable[[Stage, str], None],
-    end: Callable[[dict[str, Outcome], Stage, bool], None],
+    stages: Sequence[Stage], out: Path, place: Mapping[str, str | None], begin: Callable[[Stage], None],
+    told: Callable[[Stage, str], None], end: Callable[[dict[str, Outcome], Stage, bool], None],
 ) -> dict[str, Outcome]:
     """Outcome of each stage by name. A failed stage fails those that need it; the next call tries it again.
 
+    What reads the results of a stage that runs runs after it, though it was done before.
+
+    place   device and commit of this call
     begin   called before a stage runs
-    told    called with each line it prints
+    told    called with what it printed last, from time to time
     end     called with the outcomes so far, the last one's stage, and whether it is an earlier call's
     """
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
-    before = {stage.name: outcome_of(stage, out) for stage in stages}
-    outcomes: dict[str, Outcome] = {}
+    found = {stage.name: outcome_of(stage, out) for stage in stages}
+    outcomes = {name: outcome for name, outcome in found.items() if outcome is not None}
+    ran: set[str] = set()
     for stage in stages:
-        file, command, outcome = out / FOLDER / f"{stage.name}.json", stage.typed(out), before[stage.name]
-        earlier = outcome is not None and outcome.reason is None
+        outcome = outcomes.get(stage.name)
+        earlier = outcome is not None and outcome.reason is None and ran.isdisjoint((*stage.needs, *stage.reads))
         if not earlier:
+            ran.add(stage.name)
             lacking = [name for name in stage.needs if outcomes[name].reason is not None]
+
+            def keep(seconds: float, reason: str | None, stage: Stage = stage) -> None:
+                now = datetime.now().astimezone().isoformat(timespec="seconds")
+                kept = Outcome(command=stage.typed, seconds=seconds, reason=reason, ended=now, **place)
+                outcomes[stage.name] = kept
+                write_json(out / FOLDER / f"{stage.name}.json", asdict(kept))
+
             if lacking:
-                outcome = Outcome(command=command, seconds=0.0, reason=f"it needs {lacking[0]}, which failed")
+                keep(0.0, f"it needs {lacking[0]}, which failed")
             else:
                 begin(stage)
-                write_json(file, asdict(Outcome(command=command, seconds=0.0, reason="it was interrupted")))
-                outcome = run(stage, out, lambda line, stage=stage: told(stage, line))
-            write_json(file, asdict(outcome))
-        outcomes[stage.name] = outcome
+                keep(0.0, INTERRUPTED)  # until it has ended
+                keep(*run(stage, out, lambda line, stage=stage: told(stage, line)))
         end(outcomes, stage, earlier)
     return outcomes
 
 
-def run(stage: Stage, out: Path, told: Callable[[str], None]) -> Outcome:
-    """Raises KeyboardInterrupt after the stage has stopped as it does for Ctrl-C."""
-    begun, lines, errors = time.monotonic(), [], []
-    # A session of its own: Ctrl-C reaches it through us, once.
-    with (
-        open(out / FOLDER / f"{stage.name}.txt", "w", encoding="utf-8") as log,
-        subprocess.Popen(
-            [sys.executable, *stage.command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            errors="replace", start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        ) as process,
-    ):
-        def follow(stream, into: list[str]) -> None:
-            for line in stream:
-                log.write(line)
-                log.flush()
-                if line.strip():
-                    into.append(line.strip())
-                    told(line.strip())
+def run(stage: Stage, out: Path, told: Callable[[str], None]) -> tuple[float, str | None]:
+    """(seconds, why it failed). Raises KeyboardInterrupt after the stage has stopped as it does for Ctrl-C."""
+    begun, file = time.monotonic(), out / FOLDER / f"{stage.name}.txt"
+    with open(file, "ab") as log:
+        start = log.tell()
+        # A session of its own: Ctrl-C reaches it through us, once.
+        process = subprocess.Popen(
+            [sys.executable, *stage.command(out)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=_end_with_parent, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_LOOK)
+            if lines := said(file, start):
+                told(lines[-1])
+    except KeyboardInterrupt:
+        stop(process)
+        raise
+    return round(time.monotonic() - begun, 1), reason_of(process.returncode, said(file, start))
 
-        threads = [
-            threading.Thread(target=follow, args=pair)
-            for pair in ((process.stdout, lines), (process.stderr, errors))
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-            process.wait()
-        except KeyboardInterrupt:
-            stop(process)
-            raise
-        finally:
-            for thread in threads:
-                thread.join()
-    seconds = round(time.monotonic() - begun, 1)
-    return Outcome(command=stage.typed(out), seconds=seconds, reason=reason_of(process.returncode, lines, errors))
+
+def _end_with_parent() -> None:
+    """In the child: Linux interrupts it, as Ctrl-C does, should this process be killed."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
 
 def stop(process: subprocess.Popen) -> None:
-    """As by Ctrl-C; by force where that takes too long, or Ctrl-C comes again."""
+    """As by Ctrl-C; by force, with all it started, where that takes too long or Ctrl-C comes again."""
     process.send_signal(signal.SIGINT)
     try:
         process.wait(SECONDS_TO_STOP)
     except (KeyboardInterrupt, subprocess.TimeoutExpired):
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def reason_of(code: int, lines: Sequence[str], errors: Sequence[str]) -> str | None:
-    """What a command that failed said last, or by which signal it was ended."""
+def said(file: Path, start: int) -> list[str]:
+    """The last lines that a stage printed, from byte `start` of its file on."""
+    with open(file, "rb") as log:
+        log.seek(max(start, os.fstat(log.fileno()).st_size - TAIL))
+        text = log.read(TAIL).decode(errors="replace")
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def reason_of(code: int, lines: Sequence[str]) -> str | None:
+    """Why a command failed, in one line: its own error, its exception, what it said last, or the signal that ended it.
+
+    None where it did not fail.
+    """
     if code == 0:
         return None
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
-    said = (errors or lines or [f"exit code {code}"])[-1]
-    return said.partition(": error: ")[2] or said
+        return f"ended by signal {-code} ({signal.strsignal(-code)})"
+    for line in reversed(lines):
+        if match := re.match(r"[\w.]+: error: (.*)", line):
+            return match[1]
+    traces = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
+    if traces:
+        exceptions = [line for line in lines[traces[-1] + 1 :] if not line.startswith(" ")]
+        return (exceptions or lines)[0]
+    return lines[-1] if lines else f"exit code {code}"
