@@ -1,5 +1,6 @@
 """What the timed rows share: sizes, how wrong a result may be, and what is kept of a row for the tables at the end."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,12 @@ class Row:
     """Of a GPU, by timing_gpu's names; those that are not known are absent."""
     target: float | None = None
     """The most that triton's time may be of native PyTorch's on a GPU, if there is such an aim."""
+
+
+def worst_error(results: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> float:
+    """The largest `relative_error` of a call's results; NaN if any is."""
+    errors = [relative_error(result, right) for result, right in zip(results, exact, strict=True)]
+    return torch.tensor(errors, dtype=torch.float64).max().item()
 
 
 def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:

@@ -5,12 +5,11 @@ float64 before it is timed.
 """
 
 from functools import partial
-from itertools import starmap
 
 from bench.gpu_check import chains
 from bench.gpu_check.chains import Operands
 from bench.memory.step import UNFUSED
-from bench.rows import relative_error
+from bench.rows import worst_error
 from bench.timing_rounds import copies_of, multiplying
 
 BY = {"torch": chains.native, f"triton{UNFUSED}": chains.unfused, "triton": chains.ours}
@@ -23,7 +22,7 @@ def run(case, device, timed) -> None:
     exact = chains.native(chain, operands.double())
     with multiplying(chain):
         calls = [partial(by, chain, operands)]
-        error = max(starmap(relative_error, zip(calls[0](), exact, strict=True)))
+        error = worst_error(calls[0](), exact)
         assert error <= case.tolerance, f"{case.contender} is wrong by {error:.1e}, so its time means nothing"
         del exact
         nbytes = sum(getattr(operands, name).nbytes for name in ("x", "w", "y", "dy"))

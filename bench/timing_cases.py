@@ -138,6 +138,8 @@ def backend(contender: str, device: torch.device) -> str:
 
 def why_not(case: Case, device: torch.device) -> str | None:
     """Why the row cannot be timed on `device`, in one line; None where it can."""
+    if refusal := getattr(models.CONVOLUTIONS.get(plain(case.contender)), "refusal", None):
+        return refusal  # of a variant whose file cannot be used
     if case.contender in peers.CONVOLUTIONS:
         return peers.why_no_convolution(case.contender, device)
     if case.kind == AMP:

@@ -79,8 +79,8 @@ def multiplying(precise: Precise) -> Iterator[None]:
 class Turns:
     """Times several calls round by round, so that a slow minute of the machine is everybody's.
 
-    `round` is pytest-benchmark's setup; what that times itself, the first call once more, goes into its own records
-    alone: it calls from further down the stack, where interpreted kernels took up to 1.5 times as long (Python 3.11).
+    `round` is pytest-benchmark's setup; what that times itself, the first call once more, from another place than all
+    the others, goes into its own records alone.
     """
 
     def __init__(self, calls: Mapping[str, Call], device: torch.device) -> None:

@@ -293,6 +293,11 @@ def operation(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def withdraw_operation(name: str) -> None:
+    """Takes back what `operation` registered."""
+    del _operations[name]
+
+
 def compile_ahead(
     op: str,
     x_shape: Sequence[int],

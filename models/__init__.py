@@ -28,7 +28,9 @@ LABS: dict[str, type[nn.Conv2d]] = {
     "unfold": UnfoldConv2d,
     "triton": kernels.Conv2d,
 }
-VARIANTS = variants.find(reserved=LABS)
+PEERS = ("flag_gems", "inductor")
+"""What the benchmark calls other people's convolutions; no variant can have these names."""
+VARIANTS = variants.find(reserved=(*LABS, *PEERS))
 """Those of kernels/variants; one whose file cannot be used raises ValueError, with the reason, when it is built."""
 CONVOLUTIONS = LABS | VARIANTS
 NATIVE = ("torch", "unfold")

@@ -85,7 +85,7 @@ def install(name: str, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, module, None)  # so that it is as before when the test ends
     del sys.modules[module]
     importlib.invalidate_caches()
-    found = variants.find(reserved=models.LABS)[name]
+    found = variants.find(reserved=(*models.LABS, *models.PEERS))[name]
     for known_to in (models.VARIANTS, models.CONVOLUTIONS):
         monkeypatch.setitem(known_to, name, found)
     return found

@@ -1,6 +1,7 @@
 """The benchmark itself: its rows, what they compute, its peers, and the command."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from bench_case import CPU, SMALL, case
 
 import models
 from bench import conftest, peers, test_conv, timing_cases, timing_rounds
+from bench.rows import worst_error
 from bench.shapes import TIMED, conv_layers, timed_layers
 from bench.timing_cases import FUSED, KINDS, OPERATIONS, fused_cases, operation_cases, step_cases, why_not
 from bench.timing_rounds import one, rotating
@@ -150,6 +152,23 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
         with pytest.raises(AssertionError, match="its time means nothing"):
             test_conv.run(operation, case(), CPU, lambda *row, **rest: timed.append(row))
     assert not timed
+
+
+def test_a_gradient_that_is_no_number_is_not_timed():
+    """Also where it is not the first result that is wrong."""
+    fine = torch.ones(2)
+    assert worst_error([fine, fine], [fine, fine]) == 0
+    assert math.isnan(worst_error([fine, fine * torch.nan, fine], [fine, fine, fine]))
+
+
+def test_names_of_peers_are_no_variants():
+    assert set(models.PEERS) == set(peers.CONVOLUTIONS)
+
+
+def test_rows_of_a_variant_that_cannot_be_used_say_why(monkeypatch):
+    broken = type("Conv2d", (torch.nn.Conv2d,), {"refusal": "kernels/variants/broken.py: it is broken"})
+    monkeypatch.setitem(models.CONVOLUTIONS, "broken", broken)
+    assert why_not(case(contender="broken"), CPU) == "kernels/variants/broken.py: it is broken"
 
 
 def test_a_gradient_row_computes_that_gradient_alone():

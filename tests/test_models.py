@@ -11,7 +11,7 @@ from torchvision.models import ResNet18_Weights
 import models
 from train.optim import initialise
 
-CONVS = list(models.CONVOLUTIONS)
+CONVS = [name for name, conv in models.CONVOLUTIONS.items() if not getattr(conv, "refusal", None)]
 MODELS = list(models.MODELS)
 SMALLEST = {"simplenet": 8, "customnet": 8, "simplevit": 8, "resnet18": 32}
 

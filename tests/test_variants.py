@@ -90,6 +90,7 @@ def test_launchers_get_the_layout_they_ask_for(layout, monkeypatch):
         assert bias.is_contiguous()
         y.copy_(ops.forward_op(x, w, bias, (1, 1), (0, 0), (1, 1), 1))
 
+    forward.__module__ = f"{variants.__name__}.elsewhere"
     monkeypatch.setattr(runtime, "_operations", {})
     conv2d = function_of(conv2d_by(forward, memory_format=layout))
     for given in (torch.channels_last, torch.contiguous_format):
@@ -208,6 +209,35 @@ def test_the_card_shows_it_and_draws_it(tried, run_main, tmp_path, monkeypatch):
 # Files that are none
 
 
+PARTIAL = """from functools import partial, update_wrapper
+from kernels.variants import conv2d_by
+
+def launch(x, w, bias, y, geometry, precision, tile):
+    pass
+
+Conv2d = conv2d_by(partial(launch, tile=1))
+"""
+
+
+def test_a_file_that_fails_late_leaves_nothing_behind(put):
+    text = own_kernel.source(own_kernel.KERNEL) + "\n1 / 0\n"
+    for _ in range(2):
+        put("late", text)
+        with pytest.raises(ValueError, match=r"late\.py, line \d+: ZeroDivisionError"):
+            models.build("simplenet", "late")
+        assert "late" not in variants.OPERATIONS
+        with pytest.raises(ValueError, match="unknown operation 'late'"):
+            runtime.compile_ahead("late", G64.x_shape, G64.w_shape)
+
+
+def test_a_file_with_the_name_of_an_operation_does_not_shadow_it(put, run_main):
+    put("forward", own_kernel.source(own_kernel.KERNEL))
+    shape = ("--shape", "2,4,8,8,4,1,1", "--arch", "sm_80", "--op", "forward")
+    code, out, err = run_main(bench.report_card.command.main, *shape)
+    assert (code, err) == (0, "")
+    assert "forward" in out
+
+
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
@@ -215,11 +245,16 @@ def test_the_card_shows_it_and_draws_it(tried, run_main, tmp_path, monkeypatch):
         ("broken", "import torch\nimport not_there\n", r"broken\.py, line 2: ModuleNotFoundError: .*not_there"),
         ("broken", "x = 1\n", r"broken\.py: it has no Conv2d = conv2d_by"),
         ("broken", "from torch.nn import Conv2d\n", r"broken\.py: it has no Conv2d = conv2d_by"),
-        ("triton", "x = 1\n", r"triton is one of the lab's own convolutions; give the file another name"),
+        ("triton", "x = 1\n", r"triton is a convolution that the lab knows already; give the file another"),
+        ("inductor", "x = 1\n", r"inductor is a convolution that the lab knows already"),
+        ("broken", "import sys\nsys.exit()\n", r"broken\.py, line 2: SystemExit"),
+        ("broken", PARTIAL, r"broken\.py, line \d+: ValueError: conv2d_by takes a function that is defined in "),
         ("no-name", "x = 1\n", r"no-name\.py: Python cannot import a file of that name"),
         ("forward", None, r"forward\.py, line \d+: ValueError: an operation is called 'forward' already"),
     ],
-    ids=["syntax", "import", "empty", "not-ours", "reserved", "no-identifier", "an-operation"],
+    ids=[
+        "syntax", "import", "empty", "not-ours", "reserved", "peer", "exit", "partial", "no-identifier", "an-operation",
+    ],
 )
 def test_a_file_that_cannot_be_used_says_why_and_harms_no_other(put, name, text, reason):
     put(name, own_kernel.source(own_kernel.KERNEL) if text is None else text)

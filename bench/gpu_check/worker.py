@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from bench.gpu_check.chains import Chain
 from bench.gpu_check.operations import Case, Operands, Precise, cases, launch, native, ours, precision_of
 from bench.gpu_check.steps import CONTENDERS, StepCase
 from bench.measure.timer import EventTime, Flush
-from bench.rows import TOLERANCE, relative_error
+from bench.rows import TOLERANCE, worst_error
 from kernels import conv2d, runtime, tuning
 
 ROUNDS, QUICK_ROUNDS = 50, 20
@@ -140,7 +139,7 @@ def race(
 ) -> dict:
     """Medians over the rounds, in which the calls take turns; raises AssertionError where ours is wrong."""
     with precision_of(case, benchmark=True):
-        errors = {name: max(starmap(relative_error, zip(call(), exact, strict=True))) for name, call in calls.items()}
+        errors = {name: worst_error(call(), exact) for name, call in calls.items()}
         kind = case.precision if case.precision == "tf32" else str(dtype).removeprefix("torch.")
         assert errors["seconds"] <= RELATIVE[kind], f"wrong by {errors['seconds']:.1e}, so its time means nothing"
         del exact

@@ -162,7 +162,8 @@ def layers_of(arguments: argparse.Namespace) -> list[Layer]:
 def check(arguments: argparse.Namespace) -> None:
     """Raises UserError for what can be known to be wrong before anything is compiled."""
     for op in arguments.op:
-        if op in models.VARIANTS and (refusal := models.VARIANTS[op].refusal):
+        is_labs = op in (*OPERATIONS, *FUSED)
+        if not is_labs and op in models.VARIANTS and (refusal := models.VARIANTS[op].refusal):
             raise UserError(f"--op {op}: {refusal}")
     written = {flag: file for flag in ("json", "figure") if (file := getattr(arguments, flag)) is not None}
     for flag, file in written.items():

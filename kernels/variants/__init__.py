@@ -65,9 +65,12 @@ def conv2d_by(forward: Launch, *, memory_format: torch.memory_format = torch.cha
                                                   (Co,) or None is dense; all of one dtype of `runtime.DTYPES` on one
                                                   device. precision is "ieee" or "tf32" and concerns float32 alone
 
-    Registers what `runtime.compile_ahead` calls by the file's name. Raises ValueError where another operation has it.
+    Registers what `runtime.compile_ahead` calls by the file's name. Raises ValueError where another operation has it,
+    and for a function of no file here.
     """
-    name = forward.__module__.rpartition(".")[2]
+    folder, _, name = forward.__module__.rpartition(".")
+    if folder != __name__:
+        raise ValueError(f"conv2d_by takes a function that is defined in kernels/variants, got one of {folder or name}")
     is_channels_last = memory_format == torch.channels_last
     lay = runtime.channels_last if is_channels_last else runtime.dense
 
@@ -163,16 +166,25 @@ def find(reserved: Container[str]) -> dict[str, type[Variant]]:
 
 def _load(name: str, reserved: Container[str]) -> type[Variant]:
     if name in reserved:
-        return _refused(name, f"{name} is one of the lab's own convolutions; give the file another name")
+        return _refused(name, f"{name} is a convolution that the lab knows already; give the file another name")
     if not name.isidentifier():
         return _refused(name, "Python cannot import a file of that name; use letters, digits and underscores")
     try:
         found = vars(importlib.import_module(f"{__name__}.{name}")).get("Conv2d")
-    except Exception as error:  # noqa: BLE001  a variant's file may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001  a variant's file may raise anything
+        _withdraw(name)
         return _refused(name, f"{type(error).__name__}: {error}", _line(error, name))
     if not (isinstance(found, type) and issubclass(found, Variant)):
+        _withdraw(name)
         return _refused(name, "it has no Conv2d = conv2d_by(...), from kernels.variants")
     return found
+
+
+def _withdraw(name: str) -> None:
+    """Takes back what `conv2d_by` registered before the file turned out to be of no use."""
+    if name in OPERATIONS:
+        OPERATIONS.remove(name)
+        runtime.withdraw_operation(name)
 
 
 def _refused(name: str, reason: str, where: str = "") -> type[Variant]:
@@ -180,7 +192,7 @@ def _refused(name: str, reason: str, where: str = "") -> type[Variant]:
     return type("Conv2d", (Variant,), attributes)
 
 
-def _line(error: Exception, name: str) -> str:
+def _line(error: BaseException, name: str) -> str:
     """", line 12", the last in the variant's file that led to the error; nothing where that file was not reached."""
     if isinstance(error, SyntaxError):  # its text has the line
         return ""
