@@ -27,10 +27,10 @@ train: $(READY)  ## train SimpleNet on the embedded images through the Triton ke
 
 # Two workers share two cores: one thread each, or they fight over both.
 test: $(READY)  ## the tests that together take a few minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(READY)  ## the tests marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 soak: $(READY)  ## the tests of many minutes, for once in a while
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak
