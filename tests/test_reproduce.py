@@ -419,7 +419,7 @@ def test_cells_of_the_attacks_are_their_own(tmp_path):
     assert table["10 / 0.01 / 0.1"] == ["0.00 / 50.00", "11.21 / 34.15", "1.00 / 51.00", "9.00 / 35.70"]
     assert table["10 / 0.1 / 10"] == ["8.00 / 58.00", "1.84 / 8.93", "9.00 / 59.00", "1.59 / 7.08"]
     assert table["50 / 0.1 / 10"][2] == "not available: sweep.json lacks it"
-    assert table["kernel check"] == ["1 / 2", "they differ"]
+    assert table["kernel check"] == ["1 / 2", "doubt: they differ"]
     assert "least likely 0.00 / 50.00 and 6.00 / 56.00; most likely 1.00 / 51.00 and 7.00 / 57.00" in text
     assert "epoch 3 (last.pt) on 200 validation images" in text
 

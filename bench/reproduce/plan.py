@@ -103,7 +103,7 @@ def make_plan(scope: Scope) -> list[Stage]:
             arguments=("customnet", "--out", PurePath("customnet.png")),
         ),
         *memory(scope),
-        *map(saliency, models.MODELS),
+        *(saliency(scope, model) for model in models.MODELS),
         Stage(
             name=SWEEP, title="SimpleNet under attack", module="attacks.run",
             arguments=("sweep", RUNS / run_name("simplenet", "triton") / "last.pt", *attacked(scope), "--out",
@@ -145,12 +145,13 @@ def training(
     )  # fmt: skip
 
 
-def saliency(model: str) -> Stage:
+def saliency(scope: Scope, model: str) -> Stage:
     """By PyTorch's convolution, whose maps are the same and take seconds without a GPU too."""
     run = run_name(model, "torch")
     return Stage(
         name=saliency_name(model), title=f"where {model} looks", module="attacks.run",
-        arguments=("saliency", RUNS / run, "--out", PurePath("saliency", model)), needs=(run,),
+        arguments=("saliency", RUNS / run, "--device", scope.device, "--out", PurePath("saliency", model)),
+        needs=(run,),
     )  # fmt: skip
 
 

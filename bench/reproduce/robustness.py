@@ -100,7 +100,8 @@ def hardening(results: Results) -> list[str]:
 def checked(examination: dict[str, Any]) -> list[str]:
     """The checks of an attack as a table: what was found, and what it means."""
     rows = [
-        [check["name"], check["found"], check["words"] or check["verdict"]] for check in examination["checks"]
+        [check["name"], check["found"], ": ".join(filter(None, (check["verdict"], check["words"])))]
+        for check in examination["checks"]
     ]
     return [table(("check", "found", "verdict"), rows, words=3)]
 
