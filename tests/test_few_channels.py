@@ -445,6 +445,7 @@ def assert_the_stem_compiles(op, dtype, precision, arch) -> None:
         assert code.spills == code.stack_bytes == 0, f"{kernel.metadata.name}: {op} of {dtype} spills for {arch}"
 
 
+@pytest.mark.slow
 def test_the_stem_compiles_without_spills():
     for arch in ("sm_75", "sm_80", "sm_90", "sm_120"):
         for dtype in (torch.float16, torch.float32):

@@ -177,6 +177,7 @@ def test_the_largest_batch_is_found(report_of, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_all_models_stand_in_one_table(memory_run):
     code, out, err = memory_run("all", "--batch-size", 4, "--image-size", 64, "--json", "all.json")
     assert (code, err) == (0, "")
@@ -228,6 +229,7 @@ def test_help_fits_its_terminal_and_fills_it(memory_run, monkeypatch, columns):
     assert columns - 12 < max(map(len, out.splitlines())) <= columns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 120])
 def test_report_fits_its_terminal(memory_run, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -76,6 +76,7 @@ def test_many_random_convolutions_agree(convolution):
     assert_operands_match(conv2d, **convolution)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @settings(FIXED, max_examples=40)
 @given(convolutions())

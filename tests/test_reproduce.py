@@ -243,7 +243,7 @@ command.main(["--quick", "--device", "cpu", "--out", "out"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGHUP, marks=pytest.mark.soak)])
 def test_interrupted_it_goes_on_where_it_was(tmp_path, by):
     """The training stops with the command, also where that is killed, and the same command resumes it."""
 

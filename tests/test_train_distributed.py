@@ -63,6 +63,7 @@ def workers_of(agent: subprocess.Popen) -> list[int]:
 # On photographs, here of noise: garments lie on plain black, where rounding decides which of equal pixels a max-pool
 # takes. Batch norms over a few similar images amplify rounding from step to step, so CustomNet makes few and small
 # ones; that its gradients agree in float64 is shown in tests/test_distributed.py.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "epochs", "lr", "tolerance"), [("simplenet", 2, 0.01, 1e-6), ("customnet", 1, 1e-5, 1e-3)]
 )
@@ -122,6 +123,7 @@ def test_an_attack_of_no_size_in_two_processes_trains_to_the_bits_of_the_plain_c
         assert torch.equal(ours[name], value), name
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_split_evenly_is_one_line(tmp_path):
     """And a restart, which would come to the same, does not tell it again."""
     run = torchrun(tmp_path, "simplenet", *COMMON, "--batch-size", "15", "--out", "run", restarts=1)
@@ -131,12 +133,14 @@ def test_a_batch_that_does_not_split_evenly_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_mistyped_flag_is_told_once(tmp_path):
     code, _, err = finish(torchrun(tmp_path, "simplenet", "--batch-size", "none", restarts=1))
     assert code != 0
     assert len(our_lines(err)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_ends_all_with_one_message(rank, tmp_path):
     process = torchrun(tmp_path, "simplenet", *COMMON, "--epochs", "400", "--out", "run")

@@ -101,6 +101,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(steps, in_validation, train_
     same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["simplenet", "customnet", "simplevit"])
 def test_adversarial_training_resumed_inside_an_epoch_ends_as_uninterrupted(model, train_run, tiny_run, tmp_path):
     run = (model, *tiny_run[1:], "--recipe", "modern", "--epochs", 2, "--limit-train", 48, "--adversarial")
@@ -114,6 +115,7 @@ def test_adversarial_training_resumed_inside_an_epoch_ends_as_uninterrupted(mode
     same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(name, train_run, tiny_run, tmp_path):
     many = (*tiny_run, "--epochs", "40", "--limit-val", "10")

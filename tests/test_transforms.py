@@ -84,6 +84,7 @@ def test_a_layer_with_frozen_weights_lets_its_input_go():
 # --- forward mode and torch.func ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_forward_mode_by_gradcheck_with_batched_gradients(geometry):
     tensors = [t.requires_grad_() for t in operands(**geometry)]

@@ -51,6 +51,7 @@ def test_the_write_ups_cases(padding, stride):
     assert_matches(by_module, (2, 3, 12, 12), (64, 3, 7, 7), torch.float64, padding=padding, stride=stride)
 
 
+@pytest.mark.slow
 def test_gradcheck_of_the_writeup():
     x, w, bias = operands((2, 3, 12, 12), (64, 3, 7, 7))
     assert torch.autograd.gradcheck(

@@ -133,14 +133,21 @@ class Precise(Protocol):
 
 @contextlib.contextmanager
 def precision_of(case: Precise, *, benchmark: bool) -> Iterator[None]:
-    """While open, cuDNN multiplies float32 as the case says; with `benchmark` it looks for its fastest algorithm."""
+    """While open, cuDNN multiplies float32 as the case says; with `benchmark` it looks for its fastest algorithm.
+
+    Where there is no GPU that flag is left alone: PyTorch's own test helpers, once imported, forbid to set it.
+    """
     conv, cudnn = torch.backends.cudnn.conv, torch.backends.cudnn
-    before = conv.fp32_precision, cudnn.benchmark
+    before, has_gpu = (conv.fp32_precision, cudnn.benchmark), torch.cuda.is_available()
     try:
-        conv.fp32_precision, cudnn.benchmark = case.precision, benchmark
+        conv.fp32_precision = case.precision
+        if has_gpu:
+            cudnn.benchmark = benchmark
         yield
     finally:
-        conv.fp32_precision, cudnn.benchmark = before
+        conv.fp32_precision = before[0]
+        if has_gpu:
+            cudnn.benchmark = before[1]
 
 
 @contextlib.contextmanager
