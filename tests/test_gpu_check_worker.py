@@ -47,12 +47,14 @@ def test_both_convolutions_compute_the_same_operation(op):
     assert relative_error(ours, native) < worker.RELATIVE["float32"]
 
 
-def test_tf32_and_the_search_for_algorithms_are_switched_and_put_back():
-    conv, cudnn = torch.backends.cudnn.conv, torch.backends.cudnn
-    before = conv.fp32_precision, cudnn.benchmark
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_tf32_and_the_search_for_algorithms_are_switched_and_put_back(has_gpu, monkeypatch):
+    cudnn = SimpleNamespace(conv=SimpleNamespace(fp32_precision="ieee"), benchmark=False)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     with operations.precision_of(case(precision="tf32"), benchmark=True):
-        assert (conv.fp32_precision, cudnn.benchmark) == ("tf32", True)
-    assert (conv.fp32_precision, cudnn.benchmark) == before
+        assert (cudnn.conv.fp32_precision, cudnn.benchmark) == ("tf32", has_gpu)
+    assert (cudnn.conv.fp32_precision, cudnn.benchmark) == ("ieee", False)
 
 
 def test_cases_are_the_models_and_quick_ones_a_part_of_them():

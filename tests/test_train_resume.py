@@ -229,7 +229,7 @@ STATEFUL = ("--ema", "0.9", "--recipe", "modern", "--limit-train", "64", "--limi
 @pytest.mark.parametrize(
     ("model", "epochs", "kills"),
     [
-        pytest.param("simplenet", 8, [6, 17], id="simplenet"),
+        pytest.param("simplenet", 8, [6, 17], id="simplenet", marks=pytest.mark.slow),
         pytest.param("simplevit", 5, [2, 5, 11, 18], id="simplevit", marks=pytest.mark.slow),
         pytest.param("customnet", 5, [1, 7, 10, 19], id="customnet", marks=pytest.mark.slow),
     ],
