@@ -397,6 +397,15 @@ def test_trainings_are_read_from_their_folders(tmp_path, trained_folder):
     assert f"runs/{name}/curves.png" in markdown
 
 
+def test_a_training_without_a_summary_is_not_finished(tmp_path, trained_folder):
+    folder = tmp_path / "runs/customnet-unfold"
+    shutil.copytree(trained_folder, folder)
+    (folder / "summary.json").unlink()
+    markdown = make_markdown(*results(tmp_path, outcomes={"customnet-unfold": outcome()}), ABOUT)
+    row = next(row for row in rows_of(markdown) if row[:2] == ["CustomNet", "not available: it is not finished"])
+    assert row[2] == "not available: it is not finished"
+
+
 CONDITIONS = {
     "model": "simplenet", "checkpoint": "runs/x/last.pt", "epoch": 3, "images": 200, "image_size": 32, "classes": 10,
     "conv": "torch", "backend": "native", "device": "CPU", "precision": "float32",
