@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
+from attacks.pgd import pgd
 from kernels import Conv2d
 from train.distributed import World, is_lost_peer
 
@@ -58,25 +59,38 @@ def custom_net() -> nn.Module:
     return models.build("customnet", "torch", num_classes=10, image_size=32).double()
 
 
-def normed_step(rank: int, folder: str) -> None:
-    """The gradients and batch norm statistics of one of two processes, on its half of the batch."""
+def crafted(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Adversarial images, as Trainer.attacked makes them: of the model in evaluation mode."""
+    return pgd(model, x, "least_likely", y, num_steps=3, step_size=0.1, epsilon=0.2)
+
+
+def normed_step(rank: int, folder: str, adversarial: bool) -> None:
+    """Images, gradients and batch norm statistics of one of two processes, on its half of the batch."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     world, cpu = World(rank, 2, rank), torch.device("cpu")
     model = world.sync_norms(custom_net(), cpu)
     wrapped = world.wrap(model, cpu)
-    x, y = images()
-    nn.functional.cross_entropy(wrapped(x[rank::2]), y[rank::2]).backward()
+    x, y = (values[rank::2] for values in images())
+    if adversarial:
+        x = crafted(model, x, y)
+    nn.functional.cross_entropy(wrapped(x), y).backward()
     if rank == 1:
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        torch.save((gradients, model.state_dict()), f"{folder}/step.pt")
+        torch.save((x, gradients, model.state_dict()), f"{folder}/step.pt")
     dist.destroy_process_group()
 
 
-def test_batch_norms_see_the_batches_of_all_processes(tmp_path):
-    mp.spawn(normed_step, args=(str(tmp_path),), nprocs=2)
-    gradients, state = torch.load(tmp_path / "step.pt", weights_only=True)
+# In float64, for an attack goes by signs: in float32 rounding, which depends on the size of a batch, turns some.
+@pytest.mark.parametrize("adversarial", [False, True], ids=["plain", "adversarial"])
+def test_batch_norms_see_the_batches_of_all_processes(adversarial, tmp_path):
+    mp.spawn(normed_step, args=(str(tmp_path), adversarial), nprocs=2)
+    theirs, gradients, state = torch.load(tmp_path / "step.pt", weights_only=True)
     model = custom_net()
     x, y = images()
+    if adversarial:
+        original, x = x, crafted(model, x, y)
+        assert (x - original).abs().max() > 0.1
+    torch.testing.assert_close(theirs, x[1::2], rtol=0, atol=1e-12)
     nn.functional.cross_entropy(model(x), y).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: n + m)

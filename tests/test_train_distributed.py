@@ -95,21 +95,21 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
 
 
 # An attack goes by signs: a gradient that rounding turns moves a pixel by two steps. SimpleNet bears that; CustomNet's
-# batch norms amplify it, so that of its steps the first alone agrees (in one process the next ones differ by 5% and
-# more already between channels-last and contiguous tensors).
+# batch norms amplify it, so tests/test_distributed.py holds its adversarial step to one process's in float64.
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "agreeing"), [("simplenet", 4), ("customnet", 1)])
-def test_two_processes_train_adversarially_as_one(model, agreeing, make_images, train_run, tmp_path):
+def test_two_processes_train_adversarially_as_one(make_images, train_run, tmp_path):
     counts = {"train/cat": 32, "train/dog": 32, "val/cat": 11, "val/dog": 10}
     data = make_images(tmp_path / "noise", counts, size=(36, 36))
-    arguments = (model, *COMMON, "--epochs", 1, "--lr", 1e-5, "--data", data, "--image-size", 32, "--adversarial")
+    arguments = (
+        "simplenet", *COMMON, "--epochs", 1, "--lr", 1e-5, "--data", data, "--image-size", 32, "--adversarial"
+    )
     process = torchrun(tmp_path, *arguments, "--out", "two")
     assert train_run(*arguments, "--out", "one")[0] == 0
     code, _, err = finish(process)
     assert code == 0, err
     one, two = ([float(row["loss"]) for row in rows(tmp_path / name / "steps.csv")] for name in ("one", "two"))
     assert len(one) == len(two) == 4
-    assert two[:agreeing] == pytest.approx(one[:agreeing], rel=1e-5)
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.slow
