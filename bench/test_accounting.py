@@ -9,9 +9,9 @@ import torch
 
 from bench.measure.sampling import Recorder
 from bench.measure.tracker import Tracker
-from bench.memory.step import Step, Training
 from bench.rows import MODEL, SIZES
 from train.memory import device_asked
+from train.rehearsal import Step, Training
 
 SECTION = "accounting for memory, a SimpleNet training step"
 SAMPLED_STEPS = 10

@@ -8,9 +8,9 @@ from functools import partial
 
 from bench.gpu_check import chains
 from bench.gpu_check.chains import Operands
-from bench.memory.step import UNFUSED
 from bench.rows import worst_error
 from bench.timing_rounds import copies_of, multiplying
+from train.rehearsal import UNFUSED
 
 BY = {"torch": chains.native, f"triton{UNFUSED}": chains.unfused, "triton": chains.ours}
 

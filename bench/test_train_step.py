@@ -18,9 +18,9 @@ from torchvision.ops import StochasticDepth
 
 from bench.gpu_check import steps
 from bench.gpu_check.steps import LAST, StepCase
-from bench.memory.step import Training
 from bench.rows import relative_error
 from bench.timing_rounds import multiplying
+from train.rehearsal import Training
 
 
 def test_train_step(step_case, device, timed):

@@ -20,10 +20,10 @@ import models
 from bench import peers
 from bench.gpu_check.chains import OF_CONVOLUTIONS, OF_POOLS, Chain, pool_layers
 from bench.gpu_check.steps import LAST, StepCase
-from bench.memory.step import UNFUSED
 from bench.rows import MODEL, SIZES, TOLERANCE
 from bench.shapes import TIMED, Layer, timed_layers
 from kernels.fusion import fusion_report
+from train.rehearsal import UNFUSED
 from train.report import backend_of
 
 OPERATIONS = ("forward", "input_grad", "weight_grad", "step")

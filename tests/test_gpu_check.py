@@ -19,7 +19,7 @@ from bench.gpu_check.memory import FIGURES
 from bench.gpu_check.operations import OPS
 from bench.gpu_check.steps import CONTENDERS
 from bench.measure.predict import MIB
-from bench.memory.step import CONVOLUTIONS
+from train.rehearsal import CONVOLUTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONDITIONS = {"device": "NVIDIA H100", "versions": {"torch": "2.14.1", "triton": "3.8.0"}, "commit": None}

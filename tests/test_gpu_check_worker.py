@@ -16,12 +16,12 @@ from bench.gpu_check.chains import OF_CONVOLUTIONS, OF_POOLS, Chain
 from bench.gpu_check.operations import OPS, Case, Operands
 from bench.gpu_check.steps import CONTENDERS, StepCase
 from bench.measure.predict import GPUS
-from bench.memory.step import Step
 from bench.report_card import calibration
 from bench.rows import relative_error
 from bench.shapes import Layer
 from kernels import runtime, tiles, tuning
 from kernels.tiles import Tile
+from train.rehearsal import Step
 
 LAYER = Layer(
     name="conv3x3-24", x_shape=(2, 20, 9, 7), w_shape=(24, 20, 3, 3), stride=(2, 1), padding=(1, 1), dilation=(1, 1),
@@ -285,7 +285,7 @@ def test_a_layer_with_a_bias_is_compiled_fused_and_not_and_one_without_only_so(m
 @pytest.fixture
 def measured(monkeypatch) -> dict[str, dict]:
     """measured[convolution]: what a fake GPU says of it; rehearsals are replaced by fixed figures, here."""
-    monkeypatch.setattr(memory.measured, "find_gpu", lambda: GPUS["h100"])
+    monkeypatch.setattr(memory, "find_gpu", lambda: GPUS["h100"])
     figures = dict(tracked_peak=100, allocated_peak=110, reserved_peak=200, nbytes=1000, outside_allocator=800)
     found = {
         conv: {name: value // share for name, value in figures.items()} | {"source": "NVML, this process"}

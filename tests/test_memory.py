@@ -13,14 +13,15 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 import models
+from bench.measure import at_hand
 from bench.measure.account import CATEGORIES
 from bench.measure.predict import GPUS, MIB, Range
 from bench.memory import command, measured
 from bench.memory.colours import COLOURS
 from bench.memory.console import bars, branches
 from bench.memory.figure import timeline
-from bench.memory.step import CONVOLUTIONS, Step, rehearse
 from bench.memory.words import gap_to
+from train.rehearsal import CONVOLUTIONS, Step, rehearse
 
 SMALL = ("--batch-size", 8, "--image-size", 32)
 
@@ -30,9 +31,9 @@ def memory_run(run_main, monkeypatch):
     """memory_run("simplenet", ...) -> (exit code, stdout, stderr)."""
 
     def no_gpu():
-        raise measured.NoGpu("no NVML: not in this test")
+        raise at_hand.NoGpu("no NVML: not in this test")
 
-    monkeypatch.setattr(measured, "find_gpu", no_gpu)
+    monkeypatch.setattr(at_hand, "find_gpu", no_gpu)
     monkeypatch.setenv("COLUMNS", "100")
     return partial(run_main, command.main)
 
@@ -278,7 +279,7 @@ def test_measured_figures_stand_beside_predicted_ones(memory_run, monkeypatch):
         },
         "unfold": {"error": "out of memory"},
     }
-    monkeypatch.setattr(measured, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(at_hand, "find_gpu", lambda: gpu)
     monkeypatch.setattr("bench.memory.report.conditions", lambda device: {})
     monkeypatch.setattr(measured, "measure", lambda step: answers[step.conv])
     code, out, _ = memory_run("simplenet", "--conv", "torch", "unfold", *SMALL)
@@ -292,7 +293,7 @@ def test_measured_figures_stand_beside_predicted_ones(memory_run, monkeypatch):
 
 
 def test_predict_measures_nothing(memory_run, monkeypatch):
-    monkeypatch.setattr(measured, "find_gpu", lambda: pytest.fail("looked for a GPU"))
+    monkeypatch.setattr(at_hand, "find_gpu", lambda: pytest.fail("looked for a GPU"))
     code, out, _ = memory_run("simplenet", *SMALL, "--predict")
     assert code == 0
     assert "Nothing is measured: --predict." in out

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.measure import at_hand
 from bench.measure.nvml import GpuMemory, NvmlUnavailable
 from bench.measure.predict import MIB
 from bench.memory import measured
-from bench.memory.step import Step, rehearse
+from train.rehearsal import Step, rehearse
 
 
 class FakeTraining:
@@ -46,7 +47,7 @@ def paper_gpu(monkeypatch) -> dict:
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    monkeypatch.setattr(measured, "gpu_memory", ask)
+    monkeypatch.setattr(at_hand, "gpu_memory", ask)
     monkeypatch.setattr(measured, "gpu_state", lambda device: {})
     monkeypatch.setattr(measured, "Training", FakeTraining)
     monkeypatch.setattr(measured, "track", lambda step, device: rehearse(step, "cpu"))
@@ -76,7 +77,7 @@ def test_without_nvml_the_allocators_figures_are_measured(paper_gpu):
     found = measured.measure_here(STEP)
     assert found["source"] == "PyTorch alone, without NVML"
     assert (found["nbytes"], found["outside_allocator"], found["reserved_peak"]) == (None, None, 300 * MIB)
-    assert measured.find_gpu().total == 980
+    assert at_hand.find_gpu().total == 980
 
 
 def test_what_was_measured_stays_where_the_tracked_step_does_not_fit(paper_gpu, monkeypatch):
@@ -96,12 +97,12 @@ def test_what_was_measured_stays_where_the_tracked_step_does_not_fit(paper_gpu, 
 )
 def test_a_gpu_that_is_not_known_is_predicted_as_the_newest_older_one(paper_gpu, capability, arch):
     paper_gpu["capability"] = capability
-    found = measured.find_gpu()
+    found = at_hand.find_gpu()
     assert (found.arch, found.multiprocessors, found.total, found.kept) == (arch, 7, 1000, 20)
     assert rehearse(STEP, found.arch, multiprocessors=found.multiprocessors).peak.nbytes > 0
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_none(paper_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(measured.NoGpu, match="NVML shows Paper GPU, but this PyTorch cannot use it"):
-        measured.find_gpu()
+    with pytest.raises(at_hand.NoGpu, match="NVML shows Paper GPU, but this PyTorch cannot use it"):
+        at_hand.find_gpu()

@@ -12,9 +12,9 @@ import models
 from bench.measure.account import CATEGORIES, INPUT, OPTIMIZER, SAVED, TEMPORARY, WORKSPACE, Account, Change
 from bench.measure.predict import GPUS
 from bench.measure.tracker import Tracker
-from bench.memory.step import BACKWARD, CONVOLUTIONS, FORWARD, OPTIMIZER_STEP, Step, rehearse, track
 from kernels import runtime
 from train.recipes import FOR_MODEL
+from train.rehearsal import BACKWARD, CONVOLUTIONS, FORWARD, OPTIMIZER_STEP, Step, rehearse, track
 
 MIB = 2**20
 STEPS_OF_ADAMW = 1024
@@ -52,7 +52,7 @@ def test_the_step_is_the_training_loops(model, make_trainer, monkeypatch):
     for group in trainer.optimizer.param_groups:
         group["foreach"] = True
     trainer.model.train()
-    monkeypatch.setattr("bench.memory.step.NUM_CLASSES", len(trainer.train.classes))
+    monkeypatch.setattr("train.rehearsal.NUM_CLASSES", len(trainer.train.classes))
     tracker = Tracker("cpu")
     x, y = torch.rand(images, 3, 32, 32), torch.zeros(images, dtype=torch.long)
     tracker.watch(trainer.model, trainer.optimizer)
@@ -206,7 +206,7 @@ def test_fused_a_training_step_takes_so_much_less(model, reference, most, gpu):
 WITNESS = """
 import gc, sys, torch
 from bench.measure.tracker import Tracker
-from bench.memory.step import Step, Training
+from train.rehearsal import Step, Training
 
 def resident(which):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(which))

@@ -19,8 +19,8 @@ from bench.measure.predict import (
     replay,
     room_on,
 )
-from bench.memory.step import Step, rehearse
 from kernels.runtime import MULTIPROCESSORS
+from train.rehearsal import Step, rehearse
 
 MIB = 2**20
 H100, T4 = GPUS["h100"], GPUS["t4"]

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from bench.measure import at_hand
 from bench.measure.meta import in_the_role_of
 from bench.measure.predict import MIB
 from bench.measure.traffic import BIAS_GRAD, INPUT_GRAD, WEIGHT_GRAD, Move, counting
-from bench.memory import command, measured
-from bench.memory.step import CONVOLUTIONS
+from bench.memory import command
 from kernels import Conv2d, fuse, runtime
 from kernels.ops import forward_op, weight_grad_op
+from train.rehearsal import CONVOLUTIONS
 
 SMALL = ("--batch-size", 8, "--image-size", 32)
 N, C, S = 4, 8, 16
@@ -46,9 +47,9 @@ def traffic_run(run_main, monkeypatch):
     """traffic_run("simplenet", ...) -> (exit code, stdout, stderr), with --traffic."""
 
     def no_gpu():
-        raise measured.NoGpu("no NVML: not in this test")
+        raise at_hand.NoGpu("no NVML: not in this test")
 
-    monkeypatch.setattr(measured, "find_gpu", no_gpu)
+    monkeypatch.setattr(at_hand, "find_gpu", no_gpu)
     monkeypatch.setenv("COLUMNS", "80")
     return partial(run_main, command.main, "--traffic")
 

@@ -16,12 +16,12 @@ import bench.report_card.command
 import models
 import train.evaluate
 from bench.measure.predict import GPUS
-from bench.memory.step import FORWARD, Step, rehearse, track
 from bench.memory.traffic import make_report as traffic_report
 from bench.report_card.card import row
 from kernels import ops, runtime, variants
 from kernels.geometry import ConvGeometry
 from kernels.variants import conv2d_by
+from train.rehearsal import FORWARD, Step, rehearse, track
 from train.report import backend_of
 
 G64 = ConvGeometry.of((256, 64, 32, 32), (64, 64, 3, 3), 1, 1)

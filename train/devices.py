@@ -1,4 +1,4 @@
-"""Where a command computes: --device, and PyTorch's threads beside the interpreter."""
+"""Where a command computes: --device, PyTorch's threads beside the interpreter, and memory that runs out."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,6 +18,25 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:  # from a config.json written by hand
         raise UserError(f"no device is called {name!r}") from error
+
+
+class OutOfMemory(Exception):
+    """Memory ran out, a GPU's or the machine's, while the command did what `phase` names."""
+
+    def __init__(self, phase: str):
+        super().__init__(f"out of memory during {phase}")
+        self.phase = phase
+
+
+@contextlib.contextmanager
+def telling_of_memory(phase: str) -> Iterator[None]:
+    """A refusal of memory inside the block becomes OutOfMemory; PyTorch has an error of its own for a GPU's alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise OutOfMemory(phase) from error
 
 
 @contextlib.contextmanager

@@ -20,16 +20,18 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 import models
+from train import shortage
 from train.batches import val_batches
 from train.checkpoint import checkpoint_file, load_model, require_same_model, settings_of
 from train.cli import Parser, UserError, make_console, number, path, run_command
 from train.data import Dataset, load_val, shows_garments, source
-from train.devices import one_thread, pick_device
+from train.devices import OutOfMemory, one_thread, pick_device, telling_of_memory
 from train.files import write_json
 from train.folder import VAL_EVERY, is_split
 from train.loop import AMP_DTYPES, autocast, layout, predict
 from train.meter import Meter
 from train.miniplaces import is_miniplaces
+from train.rehearsal import Validation, step_of
 from train.report import backend_of, describe_backend, describe_top5, device_name, git_commit, versions
 
 DESCRIPTION = """\
@@ -135,17 +137,15 @@ def command(arguments: argparse.Namespace) -> None:
     )
     require_same_model(file, saved, settings.model, data.classes)
     try:
-        with one_thread(backend):
+        with one_thread(backend), telling_of_memory("evaluation"):
             result = evaluate(
                 model.to(memory_format=memory_format), data, image_size=settings.image_size,
                 batch_size=arguments.batch_size, device=device, memory_format=memory_format, amp=settings.amp,
                 flip=settings.flip_tta, console=console,
             )
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"not enough GPU memory for {arguments.batch_size} images of {settings.image_size} px; "
-            "take a smaller --batch-size"
-        ) from error
+    except OutOfMemory as error:
+        step = step_of(settings, min(arguments.batch_size, len(data)))
+        raise UserError(shortage.describe(step, device, settings, flag="--batch-size", work=Validation)) from error
     report = {
         "checkpoint": str(file),
         "epoch": saved["epoch"],

@@ -21,6 +21,7 @@ from train.augment import Augmentation
 from train.batches import LAYERS, Feeder, generator, val_batches
 from train.cli import StopRequest, UserError
 from train.data import Dataset
+from train.devices import telling_of_memory
 from train.display import Display
 from train.distributed import World
 from train.memory import SAVING, TRAINING, VALIDATION, MemoryAccount
@@ -102,7 +103,7 @@ class Trainer:
         return self.average.model if self.average else self.model
 
     def fit(self, display: Display, stop: StopRequest, profiler: Profiler | None = None) -> None:
-        """Trains to the last epoch. Raises Stopped, or UserError when the loss is no longer a number."""
+        """Trains to the last epoch. Raises Stopped, OutOfMemory, or UserError when the loss is no longer a number."""
         with self.memory:
             if reason := self.memory.unavailable:
                 display.console.print(f"memory is not followed: {reason}", soft_wrap=True, highlight=False)
@@ -111,9 +112,10 @@ class Trainer:
 
     def fit_epoch(self, display: Display, stop: StopRequest, profiler: Profiler | None) -> None:
         """One epoch, or the rest of it, with its validation, its row and its checkpoint."""
-        self.train_epoch(display, stop, profiler)
+        with telling_of_memory(TRAINING):
+            self.train_epoch(display, stop, profiler)
         self.memory.mark(TRAINING)
-        with profiler.paused() if profiler else contextlib.nullcontext():
+        with profiler.paused() if profiler else contextlib.nullcontext(), telling_of_memory(VALIDATION):
             row = self.train_row() | self.validate(display, stop)
         if not math.isfinite(row["val_loss"]):
             self.fail("validation loss", row["val_loss"], row["lr"], step=self.step)

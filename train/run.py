@@ -71,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--recipe", choices=list(RECIPES), help="settings to start from (default: see below)")
     add("--epochs", type=whole, metavar="N", help="passes over the training images")
     add("--batch-size", type=whole, metavar="N", help="images a training step, all processes together")
+    add("--eval-batch-size", type=whole, metavar="N", help="images a validation batch in each process (256)")
     add("--lr", type=number(float, above=0, most=1e4), metavar="X", help="highest learning rate of the schedule")
     add("--optimizer", choices=["sgd", "adamw"], help="what makes the steps")
     add("--weight-decay", type=number(float, least=0), metavar="X", help="decay of the weights")

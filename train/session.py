@@ -12,15 +12,18 @@ from rich.console import Console
 from torch._dynamo.exc import BackendCompilerFailed
 
 import models
+from train import checkpoint, shortage
 from train.cli import UserError, stop_on_signal
 from train.data import default_image_size, load_data, require_classes
-from train.devices import one_thread, pick_device
+from train.devices import OutOfMemory, one_thread, pick_device, telling_of_memory
 from train.display import Display
 from train.distributed import World
 from train.files import write_json
 from train.loop import Stopped, Trainer
+from train.memory import VALIDATION
 from train.profiling import WARM_UP, Profiler
 from train.recipes import Settings
+from train.rehearsal import Training, Validation, step_of
 from train.report import (
     adversarial_entry,
     backend_of,
@@ -105,17 +108,16 @@ def make_trainer(
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
     try:
-        train_data, val_data = load_data(
-            settings.data,
-            settings.image_size,
-            limit_train=settings.limit_train,
-            limit_val=settings.limit_val,
-            console=console,
-            cache=Path(settings.cache) if settings.cache else None,
-        )
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
-            raise
+        with telling_of_memory("loading images"):
+            train_data, val_data = load_data(
+                settings.data,
+                settings.image_size,
+                limit_train=settings.limit_train,
+                limit_val=settings.limit_val,
+                console=console,
+                cache=Path(settings.cache) if settings.cache else None,
+            )
+    except OutOfMemory as error:
         raise MemoryError(f"for these images at {settings.image_size} px; take a smaller --image-size") from error
     require_classes(train_data)
     if settings.limit_train is not None and settings.limit_train < len(train_data.classes):
@@ -134,7 +136,11 @@ def make_trainer(
         f"{f'{world.size} processes; ' if world.size > 1 else ''}run folder {folder}",
         soft_wrap=True,
     )
-    return Trainer(settings, train_data, val_data, device, folder, world, saved)
+    try:
+        with telling_of_memory("set-up"):
+            return Trainer(settings, train_data, val_data, device, folder, world, saved)
+    except OutOfMemory as error:
+        raise MemoryError(f"on {device_name(device)} for the weights of {settings.model} alone") from error
 
 
 def require_norms_of_one(settings: Settings) -> None:
@@ -181,11 +187,9 @@ def train(trainer: Trainer, console: Console, profiler: Profiler | None) -> None
             trainer.fit(display, stop, profiler)
     except BackendCompilerFailed as error:
         raise UserError(f"--compile: torch.compile cannot compile here: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"not enough GPU memory for {settings.batch_size} images of {settings.image_size} px a step; "
-            "take a smaller --batch-size or --image-size"
-        ) from error
+    except OutOfMemory as error:
+        draw(trainer)
+        raise UserError(describe_shortage(trainer, error.phase)) from error
     except (UserError, Stopped):
         draw(trainer)
         raise
@@ -206,6 +210,26 @@ def train(trainer: Trainer, console: Console, profiler: Profiler | None) -> None
     )
     write_json(folder / SUMMARY, summary)
     print_summary(console, summary, folder)
+
+
+def describe_shortage(trainer: Trainer, phase: str) -> str:
+    """One line: what ran out of memory in the phase, what is predicted to fit, and what is kept."""
+    settings, world, model = trainer.settings, trainer.world, trainer.model
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    # Beside the step: averaged weights, and gradients as DistributedDataParallel sends them around.
+    besides = weights * (bool(settings.ema) + (world.size > 1))
+    images, flag, work = trainer.feeder.count // world.size, "--batch-size", Training
+    if phase == VALIDATION:
+        images, flag, work = min(settings.eval_batch_size, len(trainer.val)), "--eval-batch-size", Validation
+        state = (value for values in trainer.optimizer.state.values() for value in values.values())
+        kept = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        besides += sum(tensor.nbytes for tensor in (*kept, *state) if isinstance(tensor, torch.Tensor))
+    step = step_of(settings, images)
+    told = shortage.describe(
+        step, trainer.device, settings, flag=flag, work=work, processes=world.size if work is Training else 1,
+        besides=besides,
+    )
+    return f"{phase}: {told}; {trainer.folder / checkpoint.LAST} holds step {trainer.saved_step}"
 
 
 def draw(trainer: Trainer) -> None:

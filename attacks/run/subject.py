@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 import models
 from attacks.ball import Bounds
+from train import shortage
 from train.batches import val_batches
 from train.checkpoint import checkpoint_file, load_model, require_same_model, settings_of
 from train.cli import UserError, number, path
 from train.data import Dataset, load_val, source, spread
-from train.devices import pick_device
+from train.devices import OutOfMemory, pick_device, telling_of_memory
 from train.distributed import World
 from train.loop import layout
 from train.recipes import Settings
+from train.rehearsal import Attack, step_of
 from train.report import backend_of, describe_backend, device_name, git_commit, versions
 
 BATCH_SIZE = 256
@@ -226,11 +228,14 @@ def each_subject(
         # Again, for of many models only one is kept in memory; what there is to tell has been told.
         subject = load_subject(checkpoint, arguments, Console(quiet=True), world)
         try:
-            reports.append(work(subject, folder))
-        except torch.OutOfMemoryError as error:
+            with telling_of_memory("attack"):
+                reports.append(work(subject, folder))
+        except OutOfMemory as error:
+            settings = replace(subject.settings, amp="off")  # attacks take gradients in full precision
+            step = step_of(settings, min(subject.batch_size, len(subject.data)))
             raise UserError(
-                f"not enough GPU memory for {subject.batch_size} images of {subject.settings.image_size} px; "
-                "take a smaller --batch-size, or a smaller number of images for checks and pictures"
+                shortage.describe(step, subject.device, settings, flag="--batch-size", work=Attack)
+                + "; or take fewer images for checks and pictures"
             ) from error
     return reports
 

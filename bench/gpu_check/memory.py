@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import models
+from bench.measure.at_hand import find_gpu
 from bench.measure.predict import GpuKind, predict
 from bench.memory import measured
-from bench.memory.step import CONVOLUTIONS, STEPS, Step, rehearse
 from bench.rows import SIZES
+from train.rehearsal import CONVOLUTIONS, STEPS, Step, rehearse
 
 QUICK_MODELS = ("simplenet", "resnet18")
 REFERENCE = "torch"
@@ -31,7 +32,7 @@ def steps_of(*, quick: bool) -> list[Step]:
 
 def measure_all(note: Callable[[dict], None], *, quick: bool) -> str | None:
     """A row for each step, as it is measured. The reason why something is wrong, or None."""
-    gpu, steps, wrong = measured.find_gpu(), steps_of(quick=quick), []
+    gpu, steps, wrong = find_gpu(), steps_of(quick=quick), []
     references: dict[str, dict[str, int | None]] = {}
     for step in steps:
         told, found = predicted(step, gpu), measured.measure(step)

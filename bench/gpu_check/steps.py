@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 
-from bench.memory.step import UNFUSED, Step, Training
 from bench.rows import SIZES, TOLERANCE, relative_error
 from bench.shapes import Layer, conv_layers
 from kernels import runtime
@@ -18,6 +17,7 @@ from kernels.forward import forward
 from kernels.input_grad import input_grad
 from kernels.weight_grad import weight_grad
 from train.loop import AMP_DTYPES
+from train.rehearsal import UNFUSED, Step, Training
 
 MODELS = ("simplenet", "resnet18")
 LAST = "-channels-last"

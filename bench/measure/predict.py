@@ -8,6 +8,7 @@ what libraries take inside it, and the CUDA context beside it, are assumptions, 
 figure is a range.
 """
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -226,12 +227,12 @@ def _for_the_time(label: tuple[str, ...], *sizes: int) -> list[Request]:
     return taken + [Request(request.key, 0) for request in reversed(taken)]
 
 
-def fits(account: Account, gpu: GpuKind, *, pessimistic: bool) -> bool:
-    """Whether the account's steps fit on a GPU that nobody else uses.
+def fits(account: Account, gpu: GpuKind, *, pessimistic: bool, room: Range | None = None) -> bool:
+    """Whether the account's steps fit into `room`, by default what a GPU of that kind has that nobody else uses.
 
     Pessimistic is with the least room, whatever cuDNN chooses; else it is with the most, if cuDNN chooses well.
     """
-    room = room_on(gpu)
+    room = room or room_on(gpu)
     outcomes = (
         _has_room(account, gpu, choose, room.low if pessimistic else room.high) for choose in choices(account)
     )
@@ -246,19 +247,24 @@ def _has_room(account: Account, gpu: GpuKind, choose: Choice, capacity: int) -> 
     return True
 
 
-def largest_batch(account_of: Callable[[int], Account], gpu: GpuKind, *, pessimistic: bool, least: int = 1) -> int:
+def largest_batch(
+    account_of: Callable[[int], Account], gpu: GpuKind, *, pessimistic: bool, least: int = 1, below: int | None = None,
+    room: Range | None = None,
+) -> int:
     """The largest number of images a step that `fits`; 0 if not even `least` do. `account_of(batch)` is the step's.
 
-    Found by bisection, as if whatever is larger than a batch that does not fit did not fit either.
+    Found by bisection, as if whatever is larger than a batch that does not fit did not fit either; `below`, if given,
+    is known not to fit.
     """
-    if not fits(account_of(least), gpu, pessimistic=pessimistic):
+    fit = functools.partial(fits, gpu=gpu, pessimistic=pessimistic, room=room)
+    if not fit(account_of(least)):
         return 0
-    fitting, failing = least, 2 * least
-    while fits(account_of(failing), gpu, pessimistic=pessimistic):
+    fitting, failing = least, below or 2 * least
+    while below is None and fit(account_of(failing)):
         fitting, failing = failing, 2 * failing
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
-        if fits(account_of(middle), gpu, pessimistic=pessimistic):
+        if fit(account_of(middle)):
             fitting = middle
         else:
             failing = middle

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import models
 from bench.conditions import conditions
-from bench.measure import snapshot
+from bench.measure import at_hand, snapshot
 from bench.measure.account import Account
 from bench.measure.predict import GPUS, GpuKind, largest_batch, predict
 from bench.memory import measured
@@ -19,12 +19,12 @@ from bench.memory.figure import draw
 from bench.memory.history import history
 from bench.memory.live import follow
 from bench.memory.report import Result, make_report
-from bench.memory.step import CONVOLUTIONS, NUM_CLASSES, STEPS, UNFUSED, Step, rehearse
 from bench.memory.traffic import make_report as make_traffic_report
 from train import writeup
 from train.cli import Parser, UserError, number, path, run_command
 from train.files import atomic_write, write_json
 from train.loop import AMP_DTYPES
+from train.rehearsal import CONVOLUTIONS, NUM_CLASSES, STEPS, UNFUSED, Step, rehearse
 
 ALL = "all"
 LEAST_IMAGES = 2
@@ -162,8 +162,8 @@ def live(console: Console, arguments: argparse.Namespace, step: Step) -> None:
 def gpu_at_hand() -> tuple[GpuKind | None, str | None]:
     """Or None, and why there is none."""
     try:
-        return measured.find_gpu(), None
-    except measured.NoGpu as error:
+        return at_hand.find_gpu(), None
+    except at_hand.NoGpu as error:
         return None, str(error)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 from rich import box
@@ -16,9 +15,11 @@ from bench.measure.sampling import Phase, Recorder, Usage
 from bench.measure.tracker import Tracker
 from bench.memory.colours import COLOURS
 from bench.memory.console import mib
-from bench.memory.step import BACKWARD, FORWARD, OPTIMIZER_STEP, Step, Training
+from train import shortage
 from train.cli import UserError
+from train.devices import OutOfMemory, telling_of_memory
 from train.memory import DEVICE, HOST, IN_SHORT, PROCESS, device_asked
+from train.rehearsal import BACKWARD, FORWARD, OPTIMIZER_STEP, Step, Training
 from train.report import device_name
 
 PHASES = (FORWARD, BACKWARD, OPTIMIZER_STEP)
@@ -29,33 +30,28 @@ def follow(console: Console, step: Step, steps: int, device: torch.device) -> di
     tracker = Tracker(device)
     recorder = Recorder(open_device=device_asked(device))
     view = View(step, steps, device, tracker, recorder)
-    with recorder, telling_what_does_not_fit(step):
-        training = Training(step, device, tracker, on_phase=view.phase_ended)
-        recorder.mark("set-up")
-        live = Live(view, console=console, refresh_per_second=8, transient=True)
-        with live if console.is_terminal else contextlib.nullcontext(), tracker:
-            for _ in range(steps):
-                tracker.reset_peak(forget=True)
-                training.step()
-                view.step_ended()
-                if not console.is_terminal:
-                    console.print(view.line())
+    try:
+        with recorder, telling_of_memory("--live"):
+            make_steps(console, view)
+    except OutOfMemory as error:
+        told = shortage.describe(step, device, flag="--batch-size")
+        raise UserError(f"{told}; or leave out --live") from error
     console.print(view.closing())
     return view.as_dict()
 
 
-@contextlib.contextmanager
-def telling_what_does_not_fit(step: Step) -> Iterator[None]:
-    """A refusal of memory becomes a UserError; PyTorch has an error of its own for a GPU's alone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise UserError(
-            f"not enough memory for {step.batch_size} images of {step.image_size} px a step; take a smaller "
-            "--batch-size, or leave out --live"
-        ) from error
+def make_steps(console: Console, view: "View") -> None:
+    tracker, recorder = view.tracker, view.recorder
+    training = Training(view.step, view.device, tracker, on_phase=view.phase_ended)
+    recorder.mark("set-up")
+    live = Live(view, console=console, refresh_per_second=8, transient=True)
+    with live if console.is_terminal else contextlib.nullcontext(), tracker:
+        for _ in range(view.steps):
+            tracker.reset_peak(forget=True)
+            training.step()
+            view.step_ended()
+            if not console.is_terminal:
+                console.print(view.line())
 
 
 class View:

@@ -9,9 +9,9 @@ import torch
 from bench.conditions import conditions
 from bench.measure.account import CATEGORIES, Account
 from bench.measure.predict import ASSUMPTIONS, GpuKind, Prediction
-from bench.memory.step import NUM_CLASSES, Step
 from bench.memory.words import describe, difference, gap_to, peak_place, unfolding_modules
 from train import writeup
+from train.rehearsal import NUM_CLASSES, Step
 
 PREDICTED = "predicted: accounted on meta tensors, then replayed through a model of PyTorch's allocator"
 

@@ -12,7 +12,7 @@ from bench.measure.meta import in_the_role_of
 from bench.measure.predict import GpuKind
 from bench.measure.traffic import BIAS_GRAD, INPUT_GRAD, WEIGHT_GRAD, Move, counting
 from bench.memory.report import dtype_of
-from bench.memory.step import BACKWARD, NUM_CLASSES, STEPS, Step, Training
+from train.rehearsal import BACKWARD, NUM_CLASSES, STEPS, Step, Training
 
 LABEL = (
     "predicted: what the step's operators must move at least, each operand read once and each result written once; "
