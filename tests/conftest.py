@@ -22,6 +22,10 @@ from train.loop import Trainer
 from train.recipes import RECIPES
 
 
+BY_HAND = {"soak": "make soak", "report": "pytest -m report"}
+"""Markers of tests that run only when they are asked for, and by what."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
@@ -38,10 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "soak" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("soak"):
-                item.add_marker(pytest.mark.skip("takes many minutes: make soak"))
+    for marker, command in BY_HAND.items():
+        if marker not in config.option.markexpr:
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(f"takes many minutes: {command}"))
     if reference.DEVICE.type == "cpu":
         return
     for item in items:
