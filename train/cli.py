@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import io
 import os
 import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +37,12 @@ class Parser(argparse.ArgumentParser):
             **options,
         )
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):  # argparse takes it for a value that is an empty list
+                self.error(f"argument {word.removesuffix('=--')}: expected one argument")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         # Of several processes that torchrun starts with the same arguments one tells, and once.
         told = os.environ.get("RANK", "0") != "0" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -43,38 +50,84 @@ class Parser(argparse.ArgumentParser):
 
 
 def error_line(prog: str, message: str) -> str:
-    return f"{prog.removeprefix('python -m ')}: error: {' '.join(message.split())}\n"
+    """One line, whatever `message` holds: what would steer a terminal, or is no text, is shown as an escape."""
+    words = " ".join(message.split())
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)
+    return f"{prog.removeprefix('python -m ')}: error: {shown}\n"
 
 
 def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None], argv: list[str] | None):
     """Parses `argv`, calls `main`, and exits 2 with one line on stderr for what a user can cause.
 
     That is UserError, OSError (missing files, full disks) and Ctrl-C; anything else is a bug and keeps its traceback.
+    Where whoever read stdout has gone, as in `| head`, it exits 1 in silence.
     """
-    arguments = parser.parse_args(argv)
+    prepare_streams()
     usual = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     for signum in usual:
         signal.signal(signum, signal.default_int_handler)  # SIGTERM is as polite a request as Ctrl-C
     try:
-        message = message_of(main, arguments)
+        code, message = ending_of(lambda: main(parser.parse_args(argv)))
         if message is not None:
             sys.stderr.write(error_line(parser.prog, message))
             sys.stderr.flush()  # before signals may end the process again
     finally:
         for signum, handler in usual.items():
             signal.signal(signum, handler)
-    if message is not None:
-        sys.exit(2)
+    if code is not None:
+        sys.exit(code)
 
 
-def message_of(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> str | None:
-    """Calls `main`; what its user is told where that failed by something they can cause, else None."""
+def prepare_streams() -> None:
+    """Every character can be written: a file's name need not be text, and a locale may lack what tables are made of."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started the process, as `>&-` does
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def ending_of(work: Callable[[], None]) -> tuple[Any, str | None]:
+    """Calls `work` and writes stdout out; the exit code, None where all is well, and what the user is told."""
+    nameless = False
     try:
-        main(arguments)
+        message = message_of(work)
+        code = None if message is None else 2
+    except SystemExit as stop:
+        code, message = stop.code, None
+    except OSError as error:
+        nameless, code, message = True, 2, str(error)
+    lost = flush_stdout("\n" if nameless else "")  # a stdout that failed once, and not in flush, fails again
+    if lost is None or (message is not None and not nameless):
+        return code, message
+    return (1, None) if isinstance(lost, BrokenPipeError) else (2, f"stdout: {lost.strerror}")
+
+
+def flush_stdout(more: str) -> OSError | None:
+    """Why what stdout still held, and `more`, is lost, if it is: at the interpreter's end that were a traceback."""
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
+
+
+def message_of(work: Callable[[], None]) -> str | None:
+    """Calls `work`; what its user is told where that failed by something they can cause, else None.
+
+    Raises OSError where it names no file: it may be stdout's.
+    """
+    try:
+        work()
     except UserError as error:
         return str(error)
     except OSError as error:
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        if not error.filename:
+            raise
+        return f"{error.filename}: {error.strerror}"
     except MemoryError as error:
         return f"not enough memory {error}"
     except KeyboardInterrupt:
@@ -82,10 +135,14 @@ def message_of(main: Callable[[argparse.Namespace], None], arguments: argparse.N
     return None
 
 
+LARGEST = {int: 2**63 - 1, float: 3.4e38}
+"""What int64 and float32, the numbers of tensors, can hold."""
+
+
 def number(
     kind: type, *, above: float | None = None, least: float | None = None, most: float | None = None
 ) -> Callable[[str], Any]:
-    """An argparse type: an int or float within its bounds, infinities and NaN excluded."""
+    """An argparse type: an int or float within its bounds and LARGEST, NaN excluded."""
 
     def parse(text: str):
         noun = "a whole number" if kind is int else "a number"
@@ -95,6 +152,8 @@ def number(
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun}") from None
         if not abs(value) < float("inf"):
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun}")
+        if abs(value) > LARGEST[kind]:
+            raise argparse.ArgumentTypeError(f"{text} is beyond the largest number, {LARGEST[kind]:g}")
         if above is not None and value <= above:
             raise argparse.ArgumentTypeError(f"{text} must be above {above}")
         if least is not None and value < least:
@@ -107,7 +166,9 @@ def number(
 
 
 def path(text: str) -> Path:
-    """An argparse type: a path, with ~ as the shell has it."""
+    """An argparse type: a path, with ~ as the shell has it; an empty one is a variable that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # a user whose home is not known

@@ -21,7 +21,7 @@ from torch import nn
 
 import models
 from train.architecture import Layer, is_leaf, skip_of, trace
-from train.cli import Parser, UserError, number, run_command
+from train.cli import Parser, UserError, number, path, run_command
 from train.files import atomic_write
 
 
@@ -257,7 +257,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--image-size", type=number(int, least=8, most=4096), default=128, metavar="N", help="side in pixels (128)")
     classes = number(int, above=0, most=10**6)
     add("--num-classes", type=classes, default=100, metavar="N", help="classes to tell apart (100)")
-    add("--out", type=Path, metavar="FILE.png", help="the picture (default: MODEL.png)")
+    add("--out", type=path, metavar="FILE.png", help="the picture (default: MODEL.png)")
     return parser
 
 
