@@ -17,6 +17,9 @@ from attacks.ball import L2, Bounds, Linf, Size, check_size, make_ball, pick
 from attacks.objective import Objective, check_images, make_objective
 from attacks.untouched import untouched
 
+MOST_STEPS = 100_000
+"""That commands take: the loss of every image is kept of each step."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttackReport:

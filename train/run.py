@@ -14,6 +14,7 @@ from rich.console import Console
 
 import models
 from attacks.objective import TARGETS
+from attacks.pgd import MOST_STEPS
 from train import checkpoint, session
 from train.cli import Parser, UserError, make_console, number, path, run_command
 from train.data import FASHION_MINI, default_image_size, source
@@ -96,7 +97,8 @@ def make_parser() -> argparse.ArgumentParser:
     size = number(float, least=0)
     add("--adversarial", nargs="?", const="least_likely", choices=TARGETS, metavar="TARGET",
         help="train on adversarial images of the weights as they are (see below)")
-    add("--adversarial-steps", type=whole, metavar="N", help="steps of the attack (default: 5)")
+    add("--adversarial-steps", type=number(int, above=0, most=MOST_STEPS), metavar="N",
+        help="steps of the attack (default: 5)")
     add("--adversarial-step-size", type=size, metavar="X", help="of one step, in normalised space (default: 0.01)")
     add("--adversarial-epsilon", type=size, metavar="X", help="largest change of a pixel, likewise (default: 0.1)")
     seed = number(int, least=0, most=2**63 - 1)

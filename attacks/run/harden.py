@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from attacks.objective import TARGETS
+from attacks.pgd import MOST_STEPS
 from attacks.run.counting import SUMS, accuracies, in_words, sums_under, together, write_together
 from attacks.run.figures import grouped_bars, save_figure, security_curve
 from attacks.run.hygiene import Examination, examine, print_examination
@@ -59,7 +60,7 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     steps, step_size, epsilon = (DEFAULTS[f"adversarial_{name}"] for name in ("steps", "step_size", "epsilon"))
     add("--epochs", type=whole, default=10, metavar="N", help="further epochs of each copy (10)")
     add("--target", choices=TARGETS, default="least_likely", help="of the images trained on (least_likely)")
-    add("--steps", type=whole, default=steps, metavar="N", help=f"steps that make them ({steps})")
+    add("--steps", type=number(int, above=0, most=MOST_STEPS), default=steps, metavar="N", help=f"steps that make them ({steps})")
     add("--step-size", type=size, default=step_size, metavar="X", help=f"of a step, in normalised space ({step_size})")
     add("--epsilon", type=size, default=epsilon, metavar="X", help=f"radius of the ball, also at the end ({epsilon})")
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from attacks.objective import TARGETS
-from attacks.pgd import AttackReport, attack_report, pgd
+from attacks.pgd import MOST_STEPS, AttackReport, attack_report, pgd
 from attacks.run.autoattack import CLASSES, require_autoattack
 from attacks.run.counting import in_words, together, write_together
 from attacks.run.figures import picture_grid, save_figure, security_curve
@@ -81,7 +81,7 @@ class Sizes:
 def add_own_options(parser: argparse.ArgumentParser) -> None:
     add, whole = parser.add_argument, number(int, above=0)
     add("--target", default="least_likely", metavar="TARGET", help="what it aims at: see below (least_likely)")
-    add("--steps", type=whole, default=10, metavar="N", help="steps (10)")
+    add("--steps", type=number(int, above=0, most=MOST_STEPS), default=10, metavar="N", help="steps (10)")
     add("--step-size", type=size, metavar="X", help="of a step (0.01; in pixels, and of L2, epsilon / 4)")
     add("--epsilon", type=size, metavar="X",
         help="radius of the ball (0.1; in pixels 8/255; of L2 2, in pixels 0.5)")

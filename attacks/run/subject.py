@@ -244,11 +244,9 @@ def size(text: str) -> float:
     """An argparse type: a number above 0, or a fraction as 8/255."""
     try:
         value = float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
-    return value
+    return number(float, above=0)(repr(value))
 
 
 def make_folders(checkpoints: Sequence[Path], out: Path | None) -> list[Path]:
