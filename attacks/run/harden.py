@@ -60,7 +60,8 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     steps, step_size, epsilon = (DEFAULTS[f"adversarial_{name}"] for name in ("steps", "step_size", "epsilon"))
     add("--epochs", type=whole, default=10, metavar="N", help="further epochs of each copy (10)")
     add("--target", choices=TARGETS, default="least_likely", help="of the images trained on (least_likely)")
-    add("--steps", type=number(int, above=0, most=MOST_STEPS), default=steps, metavar="N", help=f"steps that make them ({steps})")
+    at_most = number(int, above=0, most=MOST_STEPS)
+    add("--steps", type=at_most, default=steps, metavar="N", help=f"steps that make them ({steps})")
     add("--step-size", type=size, default=step_size, metavar="X", help=f"of a step, in normalised space ({step_size})")
     add("--epsilon", type=size, default=epsilon, metavar="X", help=f"radius of the ball, also at the end ({epsilon})")
 
