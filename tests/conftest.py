@@ -21,7 +21,6 @@ from train.distributed import World
 from train.loop import Trainer
 from train.recipes import RECIPES
 
-
 BY_HAND = {"soak": "make soak", "report": "pytest -m report"}
 """Markers of tests that run only when they are asked for, and by what."""
 
