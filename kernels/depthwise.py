@@ -137,8 +137,9 @@ def depthwise_input_grad_kernel(
         if STEP_R == 1 and STEP_S == 1:
             b_w = tl.load(p_w + (tl.full((), CO, tl.int64) * (t * S + u) + k))  # [1, BN]: one tap for all pixels
         else:
+            # Pixels without a tap at this step load no other one's weight, for zero times infinity is NaN.
             tap = tl.where(inside, r * S + s, 0)
-            b_w = tl.load(p_w + (tap.to(tl.int64) * CO + k)[:, None])  # [BM, BN]
+            b_w = tl.load(p_w + (tap.to(tl.int64) * CO + k)[:, None], inside[:, None], other=0.0)  # [BM, BN]
         acc += b_dy.to(ACC) * b_w.to(ACC)
 
     o_dx = n.to(tl.int64) * stride_xn + h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
