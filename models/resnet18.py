@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet, ResNet18_Weights
 
+from models.files import is_plain, load_tensors
+
 # What DistributedDataParallel and torch.compile put before the names of the model that they wrap.
 WRAPPERS = ("module.", "_orig_mod.")
 
@@ -65,11 +67,16 @@ def load_pretrained(model: ResNet18, weights: str | Path) -> None:
 def _download() -> dict[str, Tensor]:
     weights = ResNet18_Weights.IMAGENET1K_V1
     try:
-        return dict(weights.get_state_dict(progress=True, check_hash=True))
+        return dict(weights.get_state_dict(progress=True, check_hash=True, weights_only=True))
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: the file is not what its hash says
         raise ValueError(
             f"cannot download {weights.url} ({' '.join(str(error).split())}); fetch it elsewhere and pass "
             f"--weights FILE"
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"what was downloaded from {weights.url} is damaged ({type(error).__name__}); delete it from "
+            f"{Path(torch.hub.get_dir(), 'checkpoints')}"
         ) from error
 
 
@@ -78,13 +85,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"no file of weights {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except Exception as error:
         raise ValueError(f"{path} is damaged or holds no weights ({type(error).__name__})") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(map(is_plain, state.values())):
         raise ValueError(f"{path} holds no state_dict: a dictionary of tensors is expected")
     return {_unwrapped(str(name)): value for name, value in state.items()}
 
@@ -96,7 +103,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _check(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> None:
-    """Raises ValueError where names or shapes are not ResNet18's."""
+    """Raises ValueError where names or shapes are not ResNet18's, or values are no numbers."""
     # Files from before PyTorch 0.4.1 do not count batches, and load_state_dict makes up for it.
     missing = [name for name in wanted.keys() - state.keys() if not name.endswith("num_batches_tracked")]
     for fault, names in (("lacks", missing), ("has, beyond it,", state.keys() - wanted.keys())):
@@ -108,3 +115,5 @@ def _check(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> 
             raise ValueError(
                 f"{source} is no ResNet18: {name} is {tuple(value.shape)} and should be {tuple(wanted[name].shape)}"
             )
+        if not value.isfinite().all():
+            raise ValueError(f"{source} is damaged: not every value of {name} is a finite number")

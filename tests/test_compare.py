@@ -127,7 +127,7 @@ def test_a_seed_twice_is_said(make_run, compare_run):
 def test_an_unfinished_run_is_said_to_be_one_and_stays_out_of_a_mean(make_run, compare_run):
     make_run("a")
     make_run("b", seed=1, finished=False, epochs=60)
-    make_run("c", seed=2, val=(), train=(), finished=False)
+    make_run("c", seed=2, val=(), train=(), finished=False, epochs=60)
     code, out, _, rows = compare_run("a", "b", "c")
     assert code == 0
     assert [(row["finished"], row["n"], row["epochs"]) for row in rows] == [("True", "1", "3"), ("False", "1", "3")]

@@ -35,7 +35,7 @@ from train.folder import read_square
 
 ROW = np.dtype([("source", "<u8"), ("pixels", "<u4")])
 FOOTER = struct.Struct("<8sQQ")
-MAGIC = b"convlab1"  # another last character where read_square makes other pixels of the same file
+MAGIC = b"convlab2"  # another last character where read_square makes other pixels of the same file
 IMAGES_A_TASK = 8  # few enough that Ctrl-C is answered at once, many enough that handing them out costs nothing
 
 

@@ -10,21 +10,32 @@ what is random in a step follows from the seed and the position.
 """
 
 import io
-from collections.abc import Sequence
+import reprlib
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
 
 import models
+from models.files import is_plain, load_tensors
 from train.cli import UserError
 from train.files import atomic_write
 from train.recipes import Settings
 
 FORMAT = 2
 BEST, LAST = "best.pt", "last.pt"
+
+SETTINGS = get_type_hints(Settings)
+FINITE = (-sys.float_info.max, sys.float_info.max)
+# Least and greatest of what is counted or allocated by; all other numbers need only be finite.
+BOUNDS = dict.fromkeys(
+    ("epochs", "batch_size", "eval_batch_size", "limit_train", "limit_val", "adversarial_steps"), (1, 2**63 - 1)
+) | {"image_size": (8, 4096), "seed": (0, 2**63 - 1)}
 
 
 def save(path: Path, contents: dict[str, Any]) -> None:
@@ -41,12 +52,55 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        contents = load_tensors(path)
     except Exception as error:
         raise UserError(f"{path} is damaged or is no checkpoint ({type(error).__name__})") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of the lab")
+    if (part := misshapen(contents)) is not None:
+        raise UserError(f"{path} is damaged: {part} is missing or of another type")
     return contents
+
+
+def misshapen(contents: dict[str, Any]) -> str | None:
+    """The first of what every checkpoint holds that this one does not, or holds as something else."""
+    settings, classes, model = (contents.get(name) for name in ("settings", "classes", "model"))
+    whole = {
+        "settings": isinstance(settings, dict),
+        "classes": isinstance(classes, list) and all(isinstance(name, str) for name in classes),
+        "epoch": fits(contents.get("epoch"), int, 0, BOUNDS["epochs"][1]),
+        "model": isinstance(model, dict)
+        and all(isinstance(name, str) and is_plain(value) for name, value in model.items()),
+    }
+    return next((name for name, right in whole.items() if not right), None)
+
+
+def parse_settings(values: Any) -> Settings:
+    """Settings as a file holds them; TypeError for those of another version, ValueError for a value that none can have.
+
+    A checkpoint has checksums, config.json has none and may have been edited.
+    """
+    settings = Settings(**values)
+    require_values(values)
+    return settings
+
+
+def require_values(values: Mapping[str, Any]) -> None:
+    """Raises ValueError naming a setting whose value is of the wrong type or out of bounds; others are not settings."""
+    for name, value in values.items():
+        if name in SETTINGS and not fits(value, SETTINGS[name], *BOUNDS.get(name, FINITE)):
+            raise ValueError(f"{name} is {reprlib.repr(value)}")
+
+
+def fits(value: Any, hint: Any, least: float, most: float) -> bool:
+    """Whether `value` is of the type, and between the bounds if it is a number; NaN is between none."""
+    if get_origin(hint) is UnionType:
+        return any(fits(value, one, least, most) for one in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint in (int, float):
+        return type(value) in {int, hint} and least <= value <= most
+    return type(value) is hint
 
 
 def require_same_model(path: Path, saved: dict[str, Any], model: str, classes: Sequence[str]) -> None:
@@ -64,17 +118,26 @@ def require_same_model(path: Path, saved: dict[str, Any], model: str, classes: S
 def settings_of(path: Path, saved: dict[str, Any], **changes: Any) -> Settings:
     """What `saved`, read from `path`, was trained with, some of it changed; UserError where of another version."""
     try:
-        return replace(Settings(**saved["settings"]), **changes)
+        return replace(parse_settings(saved["settings"]), **changes)
     except TypeError as error:
         raise UserError(f"{path} is of another version of the lab: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def load_weights(path: Path, saved: dict[str, Any], model: nn.Module) -> None:
-    """Copies the weights to evaluate into `model`; raises UserError where they do not fit it."""
+    """Copies the weights to evaluate into `model`; raises UserError where they do not fit it, or are no numbers."""
+    weights, wanted = saved["model"], model.state_dict()
+    for name in weights.keys() & wanted.keys():
+        if weights[name].dtype != wanted[name].dtype:  # would be rounded, or lose an imaginary part
+            raise UserError(f"the weights in {path} do not fit the model: {name} is of {weights[name].dtype}")
     try:
-        model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        model.load_state_dict(weights)
+    except (TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"the weights in {path} do not fit the model: {error}") from error
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{path} is damaged: not every value of {name} is a finite number")
 
 
 def load_model(path: Path, *, conv: str | None = None, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
@@ -85,14 +148,13 @@ def load_model(path: Path, *, conv: str | None = None, device: torch.device) -> 
     """
     path = checkpoint_file(path)
     saved = load(path)
+    settings = settings_of(path, saved)
     try:
-        settings = saved["settings"]
         model = models.build(
-            settings["model"], conv or settings["conv"], len(saved["classes"]), settings["image_size"],
-            fuse=settings.get("fuse"),
-        )  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+            settings.model, conv or settings.conv, len(saved["classes"]), settings.image_size, fuse=settings.fuse
+        )
+    except TypeError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     load_weights(path, saved, model)

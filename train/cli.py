@@ -51,9 +51,12 @@ class Parser(argparse.ArgumentParser):
 
 def error_line(prog: str, message: str) -> str:
     """One line, whatever `message` holds: what would steer a terminal, or is no text, is shown as an escape."""
-    words = " ".join(message.split())
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in words)
-    return f"{prog.removeprefix('python -m ')}: error: {shown}\n"
+    return f"{prog.removeprefix('python -m ')}: error: {printable(' '.join(message.split()))}\n"
+
+
+def printable(text: str) -> str:
+    """What steers a terminal, or is no text in UTF-8, as escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None], argv: list[str] | None):

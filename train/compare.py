@@ -341,7 +341,8 @@ def label_of(group: Group, name: Sequence[str]) -> str:
 
 def wrap(label: str, width: int) -> str:
     """`label` in lines of at most so many characters, broken after commas, and inside a setting that is longer."""
-    breakable = label.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
+    shown = label.replace("$", r"\$")  # two of them would be mathematics to matplotlib
+    breakable = shown.replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
     lines = textwrap.wrap(breakable, width, break_on_hyphens=False)
     return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 

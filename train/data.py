@@ -18,7 +18,7 @@ from torch import Tensor
 from train import fashion_mini, fashion_mnist
 from train.cache import decode_once, default_folder
 from train.cli import UserError, path
-from train.folder import list_folder
+from train.folder import list_folder, without_warnings
 from train.miniplaces import is_miniplaces, list_miniplaces
 
 # Per channel, of ImageNet's pixels scaled to 0..1. Every image is normalised with these two, whatever its source.
@@ -116,14 +116,15 @@ def load_parts(
     for part in limits:
         files = {"train": train, "val": val}[part]
         kept = spread(np.array(files.labels), limits[part])
-        images, checksums = decode_once(
-            [files.paths[i] for i in kept],
-            stored_size(image_size),
-            root=root,
-            part=part if len(kept) == len(files.labels) else f"{part}-{len(kept)}",
-            folder=cache,
-            console=console,
-        )
+        with without_warnings():
+            images, checksums = decode_once(
+                [files.paths[i] for i in kept],
+                stored_size(image_size),
+                root=root,
+                part=part if len(kept) == len(files.labels) else f"{part}-{len(kept)}",
+                folder=cache,
+                console=console,
+            )
         labels = np.array(files.labels, np.int64)[kept]
         parts.append(
             Dataset(

@@ -31,6 +31,7 @@ FILES = {
     "val_labels": "t10k-labels-idx1-ubyte",
 }
 SIDE = 28
+MOST_BYTES = 2**30  # of one array; the largest, of the training images, has 47 million
 SECONDS_OF_SILENCE = 30  # of a server, before the download is given up
 
 
@@ -68,18 +69,27 @@ def load_arrays(folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array in an IDX file: two zero bytes, type 8, number of axes, big-endian sizes, data."""
+    """The uint8 array in an IDX file: two zero bytes, type 8, number of axes, big-endian sizes, data.
+
+    No more is unpacked than its sizes ask for, and those may ask for MOST_BYTES.
+    """
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            magic, axes = file.read(3), file.read(1)
+            header = file.read(4 * ord(axes)) if axes else b""
+            if magic != b"\0\0\x08" or not axes or len(header) < 4 * ord(axes):
+                raise UserError(f"{path} is not an IDX file of unsigned bytes")
+            sizes = tuple(int(size) for size in np.frombuffer(header, ">u4"))
+            count = math.prod(sizes)
+            if count > MOST_BYTES:
+                raise UserError(f"{path} is damaged: it claims an array of {sizes}")
+            raw = file.read(count + 1)  # one more, which also has gzip compare its checksum
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    if raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
-        raise UserError(f"{path} is not an IDX file of unsigned bytes")
-    start = 4 + 4 * raw[3]
-    sizes = [int(size) for size in np.frombuffer(raw[4:start], ">u4")]
-    if len(raw) - start != math.prod(sizes):
-        raise UserError(f"{path} is damaged: {len(raw) - start:,} bytes for an array of {tuple(sizes)}")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(sizes)
+    if len(raw) != count:
+        found = f"{len(raw):,}" if len(raw) < count else f"more than {count:,}"
+        raise UserError(f"{path} is damaged: {found} bytes for an array of {sizes}")
+    return np.frombuffer(raw, np.uint8).reshape(sizes)
 
 
 def locate(cache: Path, console: Console) -> Path:

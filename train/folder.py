@@ -1,22 +1,31 @@
 """A plain folder of images: PATH/train/<class>/* and PATH/val/<class>/*, or PATH/<class>/* split in two."""
 
+import contextlib
+import logging
 import struct
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from train.cli import UserError
+from train.cli import UserError, printable
 
 PNM = (".pbm", ".pgm", ".pnm", ".ppm")
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", *PNM})
+# What a file may hold, whatever it is called. Pillow knows more formats, and hands one of them to Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 VAL_EVERY = 5
 # What Pillow raises for bytes that are no image, depending on the format and on where they are wrong.
 BROKEN_IMAGE = (
-    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error,
+    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error, MemoryError,
     Image.DecompressionBombError,
 )
+LONGEST = 16  # times its short side: of a longer image only the middle is scaled, or a line of pixels fills the memory
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # without one of its own, Pillow logs to stderr
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,15 +78,27 @@ def is_split(root: Path) -> bool:
 def images_by_class(root: Path) -> dict[str, list[Path]]:
     """Class name -> its image files, both in name order; hidden files and files that are no images do not count."""
     classes = {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        visible = [p for p in folder.iterdir() if not p.name.startswith(".")]
-        images = [p for p in visible if p.suffix.lower() in SUFFIXES and p.is_file()]
+    for folder in sorted(path for path in visible(root) if leads_to(path, Path.is_dir)):
+        images = [p for p in visible(folder) if p.suffix.lower() in SUFFIXES and leads_to(p, Path.is_file)]
         if not images:
             raise UserError(f"class folder {folder} holds no images")
-        classes[folder.name] = sorted(images)
+        classes[printable(folder.name)] = sorted(images)
     if not classes:
         raise UserError(f"{root} holds no class folders")
     return classes
+
+
+def visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def leads_to(path: Path, is_kind: Callable[[Path], bool]) -> bool:
+    """is_kind(path), links followed; raises UserError for one that leads nowhere, behind which images are missing."""
+    if is_kind(path):
+        return True
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link that leads nowhere")
+    return False
 
 
 def flatten(classes: dict[str, list[Path]]) -> ImageFiles:
@@ -87,17 +108,37 @@ def flatten(classes: dict[str, list[Path]]) -> ImageFiles:
     )
 
 
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Inside the block Pillow says nothing of metadata it skips and of images it calls large.
+
+    For the main thread: Python's list of filters is one for all threads.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
 def read_square(path: str, side: int) -> np.ndarray:
     """(side, side, 3) uint8: short side scaled to `side`, centre square. Raises UserError naming a bad file."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             # A large JPEG is decoded at a half, quarter or eighth, as long as twice the wanted side is left to scale.
             file.draft(file.mode, (2 * side, 2 * side))
             image = to_rgb(ImageOps.exif_transpose(file))
+        return centre_square(image, side)
     except BROKEN_IMAGE as error:
-        raise UserError(f"cannot read image {path}: {error}") from error
+        raise UserError(f"cannot read image {path}: {str(error) or 'not enough memory'}") from error
+
+
+def centre_square(image: Image.Image, side: int) -> np.ndarray:
     width, height = image.size
-    scale = side / min(width, height)
+    short = min(width, height)
+    if max(width, height) > LONGEST * short:
+        left, top = (max(0, length - LONGEST * short) // 2 for length in (width, height))
+        image = image.crop((left, top, width - left, height - top))
+        width, height = image.size
+    scale = side / short
     width, height = max(side, round(width * scale)), max(side, round(height * scale))
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - side) // 2, (height - side) // 2
@@ -105,9 +146,17 @@ def read_square(path: str, side: int) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB; transparency is dropped, 16-bit grey keeps its high byte."""
+    """Any mode as RGB; transparency is dropped, 16-bit grey keeps its high byte.
+
+    Raises ValueError for grey whose range is not known: floating point, and whole numbers beyond 16 bits.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose white is not known; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 0xFFFF:
+            raise ValueError(f"its pixels are {grey.min()} to {grey.max()}, and 0 to 65535 can be read")
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB, a palette with transparency makes Pillow warn
     return image.convert("RGB")

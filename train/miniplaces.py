@@ -8,13 +8,16 @@ A piece of it keeps the labels of the whole, so labels here are any whole number
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.cli import UserError
+from train.cli import UserError, printable
 from train.folder import ImageFiles
+
+LABEL = re.compile("[0-9]{1,18}")  # Python refuses to read thousands of digits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +65,7 @@ def list_miniplaces(root: Path) -> tuple[ImageFiles, ImageFiles, str]:
             missing.append(f"{len(items) - len(here):,} of the {len(items):,} images in {list_name}")
             example = example or next(item.name for item in items if not item.path)
         parts.append(in_order(here, names))
-    notice = f"{root}: missing are {' and '.join(missing)}, the first is {example}" if missing else ""
+    notice = f"{root}: missing are {' and '.join(missing)}, the first is {printable(example)}" if missing else ""
     return parts[0], parts[1], notice
 
 
@@ -76,12 +79,18 @@ def in_order(items: list[Listed], names: dict[int, str]) -> ImageFiles:
 
 
 def read_list(root: Path, list_name: str) -> list[Listed]:
-    """The lines of a list; a path is one below root/images or below root."""
+    """The lines of a list; a path is one below root/images or below root, also where it begins with a slash.
+
+    Raises UserError for one with "..": a list may come from anywhere. Links in the data folder are its owner's.
+    """
     folders = [str(folder) for folder in (root / "images", root) if folder.is_dir()]
     items, first_line = [], {}
     for line, name, label in read_lines(root / list_name):
-        if first_line.setdefault(name, line) != line:
-            raise UserError(f"{root / list_name}:{line}: {name} is listed before, in line {first_line[name]}")
+        if ".." in name.split("/"):
+            raise UserError(f"{root / list_name}:{line}: {name} may lead out of the data folder")
+        file = os.path.normpath(name).lstrip("/")  # a//b.jpg and a/./b.jpg are one
+        if first_line.setdefault(file, line) != line:
+            raise UserError(f"{root / list_name}:{line}: {name} is listed before, in line {first_line[file]}")
         places = (f"{folder}/{name}" for folder in folders)
         path = next(filter(os.path.isfile, places), None)
         items.append(Listed(name=name, label=label, line=line, path=path))
@@ -97,7 +106,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str, int]]:
         if not line.strip():
             continue
         words = line.strip().rsplit(None, 1)
-        if len(words) != 2 or not (words[1].isascii() and words[1].isdigit()):
+        if len(words) != 2 or not LABEL.fullmatch(words[1]):
             raise UserError(f"{path}:{number}: not a path and a label, as in 'a/abbey/1.jpg 0': {line.strip()[:80]!r}")
         yield number, words[0], int(words[1])
 
@@ -122,7 +131,7 @@ def class_names(root: Path, train: list[Listed]) -> dict[int, str]:
     uses = Counter(names.values())
     # A flat list has no folders to tell its classes by, and two letters could hold folders of the same name.
     return {
-        label: name if name and uses[name] == 1 else f"{full[label] or 'class'} ({label})"
+        label: printable(name if name and uses[name] == 1 else f"{full[label] or 'class'} ({label})")
         for label, name in names.items()
     }
 

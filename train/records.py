@@ -1,5 +1,7 @@
 """metrics.csv, steps.csv and TensorBoard events: what a run measured, kept in step with its checkpoint."""
 
+import csv
+import math
 import os
 import socket
 import time
@@ -62,20 +64,41 @@ class Records:
     def _rows(
         self, name: str, columns: tuple[str, ...], count: int, *, later: tuple[str, ...] = ()
     ) -> list[dict[str, str]]:
-        """The first `count` rows of a table; raises UserError where it has fewer, or other columns.
+        """The first `count` rows of a table; raises UserError where it has fewer, other columns, or other than numbers.
 
-        `later` are the last columns, which tables of earlier versions lack: their cells are then empty.
+        `later` are the last columns, whose cells may be empty and which tables of earlier versions lack.
         """
-        rows = read_csv(self.folder / name)[:count]
+        rows = read_table(self.folder / name)[:count]
         early = columns[: len(columns) - len(later)]
         rows = [row | dict.fromkeys(later, "") if tuple(row) == early else row for row in rows]
         if len(rows) < count or any(tuple(row) != columns or None in row.values() for row in rows):
             raise UserError(f"{self.folder / name} is damaged: last.pt needs its first {count} rows")
+        for number, row in enumerate(rows, start=1):
+            filled = [value for column, value in row.items() if value or column not in later]
+            if not all(map(is_finite, filled)) or float(row[columns[0]]) != number:
+                raise UserError(f"{self.folder / name} is damaged in row {number}")
         return rows
 
     def _add_event(self, step: int, scalars: dict[str, float]) -> None:
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._events.append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+
+def is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; raises UserError for one that is missing or no text."""
+    if not path.is_file():  # nor a pipe, whose end may never come
+        raise UserError(f"no table {path}")
+    try:
+        return read_csv(path)
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def new_event_file(folder: Path) -> Path:

@@ -171,7 +171,7 @@ def curves(folder: Path, settings: Settings) -> Figure:
     if attack := adversarial_entry(settings):
         title += f"\nadversarial training ({describe_attack(attack)})"
         train_label = "train, adversarial images"
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a folder's name may have any $
     (top1, top5), (rate, loss) = figure.subplots(2, 2)
     draw_accuracy(top1, epochs, "top1", "top-1 (%)", train_label)
     draw_accuracy(top5, epochs, "top5", "top-5 (%)", train_label)

@@ -16,8 +16,9 @@ from typing import Any
 from train import checkpoint
 from train.cli import UserError
 from train.data import NAMED
-from train.files import create_json, read_csv
+from train.files import create_json
 from train.recipes import Settings
+from train.records import read_table
 
 CONFIG, STEPS, METRICS, SUMMARY = "config.json", "steps.csv", "metrics.csv", "summary.json"
 FILES = (CONFIG, STEPS, METRICS, SUMMARY, checkpoint.BEST, checkpoint.LAST)
@@ -101,8 +102,8 @@ def read_run(folder: Path) -> tuple[Settings, dict | None]:
     """
     path = folder / CONFIG
     try:
-        settings = Settings(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        settings = checkpoint.parse_settings(json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged or of another version: {error}") from error
     if not has_begun(folder):
         return settings, None
@@ -117,16 +118,16 @@ def read_run(folder: Path) -> tuple[Settings, dict | None]:
 def has_settings(folder: Path, settings: Settings) -> bool:
     """Whether `folder` holds a run with these settings."""
     try:
-        return Settings(**json.loads((folder / CONFIG).read_text())) == settings
-    except (OSError, ValueError, TypeError):
+        return checkpoint.parse_settings(json.loads((folder / CONFIG).read_text())) == settings
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
 def is_of(saved: dict[str, Any], settings: Settings) -> bool:
     """Whether the checkpoint `saved` was made with these settings, PLACES apart."""
     try:
-        return differences(Settings(**saved["settings"]), settings) <= set(PLACES)
-    except (KeyError, TypeError):
+        return differences(checkpoint.parse_settings(saved["settings"]), settings) <= set(PLACES)
+    except (TypeError, ValueError):
         return False
 
 
@@ -144,4 +145,4 @@ def has_begun(folder: Path) -> bool:
     if any((folder / name).exists() for name in (checkpoint.LAST, checkpoint.BEST, SUMMARY)):
         return True
     steps = folder / STEPS
-    return steps.exists() and bool(read_csv(steps))
+    return steps.exists() and bool(read_table(steps))

@@ -1,20 +1,20 @@
 """Finished and unfinished runs, read back from their folders: config.json, metrics.csv and summary.json."""
 
-import csv
 import json
 import math
+import reprlib
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from train.checkpoint import FINITE, fits, require_values
 from train.cli import UserError
-from train.files import read_csv
 from train.recipes import DEFAULTS
-from train.records import EPOCH_COLUMNS, MEMORY_COLUMNS
+from train.records import EPOCH_COLUMNS, MEMORY_COLUMNS, read_table
 from train.report import backend_of
 from train.run_folder import CONFIG, METRICS, SUMMARY
 
@@ -22,6 +22,8 @@ from train.run_folder import CONFIG, METRICS, SUMMARY
 IRRELEVANT = {"seed", "cache"}
 
 # Memory is compared by the summaries: its columns have empty cells, and runs of earlier versions lack them.
+SUMMARY_TYPES = {"backend": str, "device": str, "classes": int, "images_per_s": float, "memory": dict, "processes": int}
+MEMORY_TYPES = {"kind": str, "mib": float | None}
 COLUMNS = tuple(name for name in EPOCH_COLUMNS if name not in MEMORY_COLUMNS)
 
 
@@ -140,21 +142,37 @@ def read_run(folder: Path) -> Run:
     """Raises UserError naming the file that is missing, damaged, or lacks something."""
     config = read_object(folder / CONFIG, ("model", "conv", "recipe", "epochs", "seed", "data", "image_size", "device"))
     config = DEFAULTS | config  # a run from before there was some setting
+    try:
+        require_values(config)
+        torch.device(config["device"])
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{folder / CONFIG} is damaged: {error}") from error
     summary = None
     if (folder / SUMMARY).exists():
-        summary = read_object(folder / SUMMARY, ("backend", "device", "classes", "images_per_s", "memory"))
-        memory = summary["memory"]
-        if not isinstance(memory, dict) or not memory.keys() >= {"kind", "mib"}:
-            raise UserError(f"{folder / SUMMARY} is damaged: its memory has no kind and mib")
-    return Run(folder=folder, config=config, epochs=read_metrics(folder / METRICS), summary=summary)
+        summary = read_object(folder / SUMMARY, SUMMARY_TYPES.keys() - {"processes"})
+        require_types(folder / SUMMARY, {"processes": 1} | summary, SUMMARY_TYPES)
+        require_types(folder / SUMMARY, summary["memory"], MEMORY_TYPES)
+    epochs = read_metrics(folder / METRICS)
+    if summary and len(epochs) != config["epochs"]:
+        raise UserError(
+            f"{folder / METRICS} is damaged: it has {len(epochs)} rows, and the run finished {config['epochs']} epochs"
+        )
+    return Run(folder=folder, config=config, epochs=epochs, summary=summary)
+
+
+def require_types(path: Path, values: dict[str, Any], types: Mapping[str, Any]) -> None:
+    """Raises UserError unless `values`, out of `path`, has values of these types."""
+    for name, hint in types.items():
+        if name not in values or not fits(values[name], hint, *FINITE):
+            raise UserError(f"{path} is damaged: {name} is {reprlib.repr(values.get(name, 'missing'))}")
 
 
 def read_object(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    if not path.is_file():  # nor a pipe, whose end may never come
+        raise UserError(f"{path.parent} is no run folder: it has no {path.name}")
     try:
         value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is no run folder: it has no {path.name}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no settings")
@@ -165,13 +183,9 @@ def read_object(path: Path, keys: Iterable[str]) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """COLUMNS of its rows, as numbers."""
-    try:
-        rows = read_csv(path)
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is no run folder: it has no {path.name}") from None
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    numbers = []
+    if not path.is_file():
+        raise UserError(f"{path.parent} is no run folder: it has no {path.name}")
+    rows, numbers = read_table(path), []
     for count, row in enumerate(rows, start=1):
         if missing := [name for name in COLUMNS if name not in row]:
             raise UserError(f"{path} lacks the column {', '.join(missing)}")

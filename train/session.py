@@ -243,5 +243,5 @@ def show_finished(folder: Path, console: Console) -> None:
     summary = folder / SUMMARY
     try:
         print_summary(console, json.loads(summary.read_text()), folder)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{summary} is damaged; delete it and resume again to rewrite it") from error

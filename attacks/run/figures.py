@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
 from attacks.run.hygiene import REACH, STEPS, Examination
@@ -19,6 +20,8 @@ LINE = 24  # characters of a caption at that width
 
 
 def save_figure(file: Path, figure: Figure) -> None:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # names of folders and of classes may have any $
     with atomic_write(file) as png:
         figure.savefig(png, format="png")
 

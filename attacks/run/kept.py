@@ -1,6 +1,7 @@
 """Work on batches whose results are kept as they come, so that an interrupted command goes on where it was."""
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def over_batches(
                     continue
                 results.append(world.sum(work(x, y, mine)).tolist())
                 if world.is_main:
-                    write_json(file, {"key": deciding, "results": results})
+                    write_json(file, {"key": deciding, "results": results, "checksum": checksum(results)})
                 progress.update(task, completed=len(results))
     except KeyboardInterrupt:
         if not results:
@@ -57,11 +58,20 @@ def read(file: Path, key: str) -> list[Any]:
     """The results in `file` if they are of this key; none where it is missing or of another."""
     try:
         saved = json.loads(file.read_text())
-        return saved["results"] if saved["key"] == key else []
+        if saved["key"] != key:
+            return []
+        if saved["checksum"] != checksum(saved["results"]):
+            raise ValueError("checksum")
+        return saved["results"]
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged; delete it to begin anew") from error
+
+
+def checksum(results: list[Any]) -> int:
+    """A digit that has rotted is a number still; written as JSON, a number that was read is what it was."""
+    return zlib.crc32(json.dumps(results).encode())
 
 
 def progress_bar(console: Console) -> Progress:
