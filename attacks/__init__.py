@@ -1,5 +1,12 @@
 """Saliency maps and attacks on image classifiers, that leave the model as they found it."""
 
+import sys
+
+if sys.argv[:1] == ["-m"]:  # python -m attacks.run, which comes by here before the seconds that importing torch takes
+    from train.startup import quit_on_interrupt
+
+    quit_on_interrupt("attacks.run")
+
 from attacks.apgd import apgd
 from attacks.pgd import AttackReport, attack_report, fgsm, pgd
 from attacks.saliency import (

@@ -16,12 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A command that is started within a fraction of a second: it imports no torch.
 COMMAND = """
-import sys
+import os, signal, sys
 from train.cli import Parser, UserError, make_console, run_command
 
 def command(arguments):
     if arguments.how == "write":
         sys.stdout.write(arguments.text)
+    elif arguments.how == "kill":
+        os.kill(os.getpid(), getattr(signal, arguments.text))
     elif arguments.how == "print":
         make_console().print(arguments.text)
     else:
@@ -135,3 +137,12 @@ def test_an_empty_path_is_never_the_current_folder():
     for name, flag, kind in taking:
         with pytest.raises(argparse.ArgumentTypeError):
             pytest.fail(f"{name} takes an empty {flag}: {kind('')!r}")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_request_to_stop_is_one_line(name):
+    """Whatever the command is doing; a training goes on to the end of its step first."""
+    ended = subprocess.run(
+        [sys.executable, "-c", COMMAND, "kill", name], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "tiny: error: interrupted\n")

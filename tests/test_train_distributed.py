@@ -140,9 +140,10 @@ def test_a_mistyped_flag_is_told_once(tmp_path):
     assert len(our_lines(err)) == 1
 
 
-# With two workers of pytest on two slow cores the survivor said nothing in one run of three: not understood yet.
-@pytest.mark.soak
-@pytest.mark.parametrize("rank", [0, 1])
+# At every moment of SIGTERM, and faster: tests/test_faults_processes.py.
+@pytest.mark.parametrize(
+    "rank", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.soak)]
+)
 def test_a_rank_that_dies_ends_all_with_one_message(rank, tmp_path):
     process = torchrun(tmp_path, "simplenet", *COMMON, "--epochs", "400", "--out", "run")
     kill_worker(process, rank, tmp_path / "run")

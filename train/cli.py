@@ -62,11 +62,11 @@ def printable(text: str) -> str:
 def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None], argv: list[str] | None):
     """Parses `argv`, calls `main`, and exits 2 with one line on stderr for what a user can cause.
 
-    That is UserError, OSError (missing files, full disks) and Ctrl-C; anything else is a bug and keeps its traceback.
-    Where whoever read stdout has gone, as in `| head`, it exits 1 in silence.
+    That is UserError, OSError (missing files, full disks), Ctrl-C and a lost terminal; anything else is a bug and keeps
+    its traceback. Where whoever read stdout has gone, as in `| head`, it exits 1 in silence.
     """
     prepare_streams()
-    usual = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    usual = usual_handlers()
     for signum in usual:
         signal.signal(signum, signal.default_int_handler)  # SIGTERM is as polite a request as Ctrl-C
     try:
@@ -183,6 +183,14 @@ def make_console(*, quiet: bool = False) -> Console:
     return Console(quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
+def usual_handlers() -> dict[signal.Signals, Any]:
+    """What happens now at each signal that asks to stop."""
+    usual = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if usual[signal.SIGHUP] == signal.SIG_IGN:  # under nohup a lost terminal is no request
+        del usual[signal.SIGHUP]
+    return usual
+
+
 class StopRequest:
     """True once SIGINT (Ctrl-C), SIGTERM or SIGHUP (a lost terminal) has asked the process to stop."""
 
@@ -200,9 +208,7 @@ def stop_on_signal(*, patient: bool = False) -> Iterator[StopRequest]:
     A `patient` block takes any number of them for the same request: torchrun sends its own after the terminal's.
     """
     request = StopRequest()
-    usual = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    if usual[signal.SIGHUP] == signal.SIG_IGN:  # under nohup a lost terminal is no request
-        del usual[signal.SIGHUP]
+    usual = usual_handlers()
 
     def restore():
         for signum, handler in usual.items():

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from train import writeup
 from train.cli import Parser, UserError, make_console, path, run_command
-from train.files import atomic_write, write_csv
+from train.files import atomic_write, make_folder, write_csv
 from train.report import describe_backend
 from train.runs import IRRELEVANT, Group, Run, crossing_epoch, find_runs, group_runs, read_run, spread
 
@@ -88,7 +88,7 @@ def command(arguments: argparse.Namespace) -> None:
         raise UserError(f"no run in {', '.join(map(str, arguments.runs))} has finished an epoch")
     groups = group_runs(begun)
     names = distinguish(groups)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.out)
     with atomic_write(arguments.out / "compare.png") as file:
         draw(groups, list(map(label_of, groups, names))).savefig(file, format="png")
     write_csv(arguments.out / "compare.csv", CSV_COLUMNS, map(csv_row, groups, names))

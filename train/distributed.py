@@ -4,6 +4,7 @@ Each process takes its share of every global batch; gradients are averaged by Di
 see the whole batch, sums are added up over the processes, and rank 0 alone writes and speaks.
 """
 
+import atexit
 import contextlib
 import os
 import re
@@ -130,23 +131,39 @@ def connect() -> Iterator[World]:
         raise SystemExit(2)  # started again, it would come to the same end and tell it once more
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
-    try:
-        yield world
-    except (RuntimeError, KeyboardInterrupt) as error:
-        if not is_lost_peer(error):
+    with contextlib.ExitStack() as group:
+        group.callback(dist.destroy_process_group)
+        try:
+            try:
+                yield world
+            except RuntimeError as error:
+                end_if_lost(error, store, group)
+                raise
+            except UserError:
+                with contextlib.suppress(RuntimeError):  # the store may have died with another process
+                    lasting.set(MISTAKE, "")
+                tell_once(store)
+                raise
+        except KeyboardInterrupt as error:  # torchrun's SIGTERM, which may come while the block above is at it
+            end_if_lost(error, store, group)
             raise
-        tell_once(store)
-        raise UserError(
-            "another process of this run ended or cannot be reached; "
-            "go on with the same command and --resume DIR, from the run folder's last.pt"
-        ) from error
-    except UserError:
-        with contextlib.suppress(RuntimeError):  # the store may have died with another process
-            lasting.set(MISTAKE, "")
-        tell_once(store)
-        raise
-    finally:
-        dist.destroy_process_group()
+
+
+def end_if_lost(error: BaseException, store: dist.Store, group: contextlib.ExitStack) -> None:
+    """Raises UserError where `error` says that a process at the other end is gone, or ends this one in silence.
+
+    Nothing waits for that process then, as destroying the group may and PyTorch's threads at the interpreter's end:
+    torchrun kills who takes too long, and the line would not be told.
+    """
+    if not is_lost_peer(error):
+        return
+    tell_once(store)
+    group.pop_all()
+    atexit.register(os._exit, 2)
+    raise UserError(
+        "another process of this run ended or cannot be reached; "
+        "go on with the same command and --resume DIR, from the run folder's last.pt"
+    ) from error
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -18,13 +18,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises OSError naming `path` (on a full disk, say), with the temporary file gone.
     """
     if path.exists() and not path.is_file():
-        with _naming(path), open(path, "wb") as file:
+        with naming(path), open(path, "wb") as file:
             yield file
         return
     asked, path = path, Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _naming(asked):
+        with naming(asked):
             with open(temporary, "wb") as file:
                 yield file
                 file.flush()
@@ -37,12 +37,25 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """An OSError of the block is told as one of `path`."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """`folder` and those it lies in; the ones it made, innermost first. Where that fails, none of them is left."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+    return made
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -53,11 +66,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def create_json(path: Path, value: Mapping[str, Any]) -> None:
     """As write_json, but raises FileExistsError where there is a file already."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write_json(temporary, value)
-    try:
-        os.link(temporary, path)
-    finally:
-        temporary.unlink()
+    with naming(path):
+        write_json(temporary, value)
+        try:
+            os.link(temporary, path)
+        finally:
+            temporary.unlink()
 
 
 def write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[Mapping[str, Any]]) -> None:

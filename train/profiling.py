@@ -1,6 +1,7 @@
 """--profile N: where the time of N training steps goes, as a table of operators and as a trace."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,14 +55,22 @@ class Profiler:
         with atomic_write(self.folder / "profile.txt") as file:
             file.write(averages.table(sort_by=self.sort_by, row_limit=-1, max_name_column_width=60).encode())
         trace = self.folder / "trace.json"
-        temporary = trace.with_name(f".{trace.name}.{os.getpid()}.tmp")
-        self._profile.export_chrome_trace(str(temporary))
-        os.replace(temporary, trace)
+        self._write_trace(trace)
         self.console.print(operator_table(averages, self.steps, self.sort_by), highlight=False)
         self.console.print(
             f"all operators in {self.folder / 'profile.txt'}; {trace} opens in chrome://tracing or ui.perfetto.dev",
             soft_wrap=True, highlight=False,
         )
+
+    def _write_trace(self, path: Path) -> None:
+        """Raises OSError naming `path`. Kineto itself tells nobody of a full disk: its file is then not there."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._profile.export_chrome_trace(str(temporary))
+        try:
+            os.replace(temporary, path)
+        except FileNotFoundError:
+            temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)  # Kineto's, half written
+            raise OSError(errno.EIO, "it could not be written; is the disk full?", str(path)) from None
 
 
 def operator_table(averages: list, steps: int, sort_by: str) -> Table:

@@ -13,7 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from train.cli import UserError
-from train.files import read_csv, write_csv
+from train.files import naming, read_csv, write_csv
 from train.memory import COLUMNS as MEMORY_COLUMNS
 
 EPOCH_COLUMNS = (
@@ -110,7 +110,7 @@ def new_event_file(folder: Path) -> Path:
 
 def append_events(path: Path, events: list[Event]) -> None:
     """Not by torch's SummaryWriter: it writes in a thread, where a full disk becomes a traceback of the thread's."""
-    with open(path, "ab") as file:
+    with naming(path), open(path, "ab") as file:
         writer = RecordWriter(file)
         for event in events:
             writer.write(event.SerializeToString())

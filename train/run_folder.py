@@ -16,7 +16,7 @@ from typing import Any
 from train import checkpoint
 from train.cli import UserError
 from train.data import NAMED
-from train.files import create_json
+from train.files import create_json, make_folder
 from train.recipes import Settings
 from train.records import read_table
 
@@ -46,8 +46,7 @@ def new_folder(folder: Path, settings: Settings, *, exact: bool) -> Iterator[Pat
                 raise UserError(f"{path} would lie among the class folders of {data}; take another {flag}")
     wanted, again = folder, 1
     while True:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        made = make_folder(folder)
         try:
             if any((folder / name).exists() for name in FILES):
                 raise FileExistsError
@@ -105,13 +104,13 @@ def read_run(folder: Path) -> tuple[Settings, dict | None]:
         settings = checkpoint.parse_settings(json.loads(path.read_text()))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged or of another version: {error}") from error
+    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink()
     if not has_begun(folder):
         return settings, None
     saved = checkpoint.load(folder / checkpoint.LAST)
     if not is_of(saved, settings):
         raise UserError(f"{folder / 'last.pt'} is of other settings than {path} names")
-    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-        leftover.unlink()
     return settings, saved
 
 

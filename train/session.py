@@ -88,6 +88,8 @@ def go_on(
     profiler = make_profiler(profile, trainer, console)
     if saved is None:
         trainer.save()
+    elif world.is_main:
+        trainer.records.write()  # a full disk or a read-only folder shows itself before a step is made
     console.print(f"going on after step {trainer.step}")
     train(trainer, console, profiler)
 

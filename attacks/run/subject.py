@@ -21,6 +21,7 @@ from train.cli import UserError, number, path
 from train.data import Dataset, load_val, source, spread
 from train.devices import OutOfMemory, pick_device, telling_of_memory
 from train.distributed import World
+from train.files import make_folder
 from train.loop import layout
 from train.recipes import Settings
 from train.rehearsal import Attack, step_of
@@ -224,7 +225,7 @@ def each_subject(
         check(load_subject(checkpoint, arguments, console, world))
     reports = []
     for checkpoint, folder in zip(arguments.checkpoints, folders, strict=True):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # Again, for of many models only one is kept in memory; what there is to tell has been told.
         subject = load_subject(checkpoint, arguments, Console(quiet=True), world)
         try:

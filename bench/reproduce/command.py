@@ -25,7 +25,7 @@ from bench.reproduce.stages import FOLDER, Outcome, run_all
 from train.cli import Parser, UserError, make_console, path, run_command
 from train.data import FASHION_MINI, NAMED, load_data, require_classes, source
 from train.devices import pick_device
-from train.files import write_json
+from train.files import make_folder, write_json
 
 DESCRIPTION = """\
 Turn images into the course write-up's report, ours beside theirs: train all models with all convolutions, compare
@@ -133,7 +133,7 @@ def claimed(out: Path, scope: Scope) -> Iterator[None]:
     file = out / SETTINGS
     if not file.exists() and out.is_dir() and any(not one.name.startswith(".") for one in out.iterdir()):
         raise UserError(f"{out} holds other files; name an empty or a new --out")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with open(out / LOCK, "a") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

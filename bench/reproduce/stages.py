@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ TAIL = 16384
 """Bytes of that: what it said last is among them."""
 FOLDER = "stages"
 INTERRUPTED = "it was interrupted"
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,29 +112,42 @@ def run_all(
 def run(stage: Stage, out: Path, told: Callable[[str], None]) -> tuple[float, str | None]:
     """(seconds, why it failed). Raises KeyboardInterrupt after the stage has stopped as it does for Ctrl-C."""
     begun, file = time.monotonic(), out / FOLDER / f"{stage.name}.txt"
-    with open(file, "ab") as log:
-        start = log.tell()
-        # A session of its own: Ctrl-C reaches it through us, once.
-        process = subprocess.Popen(
-            [sys.executable, *stage.command(out)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=_end_with_parent, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+    process = None
     try:
+        with open(file, "ab") as log, interrupts_held_back():
+            start = log.tell()
+            # A session of its own: Ctrl-C reaches it through us, once.
+            process = subprocess.Popen(
+                [sys.executable, *stage.command(out)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True, preexec_fn=_begin_child, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )  # fmt: skip
         while process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(SECONDS_TO_LOOK)
             if lines := said(file, start):
                 told(lines[-1])
     except KeyboardInterrupt:
-        stop(process)
+        if process is not None:
+            stop(process)
         raise
     return round(time.monotonic() - begun, 1), reason_of(process.returncode, said(file, start))
 
 
-def _end_with_parent() -> None:
-    """In the child: Linux interrupts it, as Ctrl-C does, should this process be killed."""
+@contextlib.contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """What would interrupt comes when the block has ended: while a process is made, Python loses the exception."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_child() -> None:
+    """In the child: Linux interrupts it, as Ctrl-C does, should this process be killed; nothing is held back."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
 
 
 def stop(process: subprocess.Popen) -> None:
