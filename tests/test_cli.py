@@ -106,7 +106,7 @@ def test_a_mistake_is_told_whatever_the_encoding(variables):
     [
         pytest.param("a\r\n\tb", "a b", id="lines"),
         pytest.param("a\x1b[31mb\x07", r"a\x1b[31mb\x07", id="terminal-codes"),
-        pytest.param("a\u202eb\u200f", r"a\u202eb\u200f", id="direction-of-writing"),
+        pytest.param("a\u202eb\u2066", r"a\u202eb\u2066", id="direction-of-writing"),
         pytest.param("\udcff", r"\udcff", id="no-text"),
         pytest.param("café 写真 – ×", "café 写真 – ×", id="letters-stay"),
     ],

@@ -118,7 +118,8 @@ def float64_operands():
     return [random(*shape, dtype=torch.float64, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [1, 2])
 def test_gradcheck_of_both_orders_and_forward_mode(groups):
     shapes = (1, 2, 3, 4), (2, 2 // groups, 2, 2), (2,)
     x, w, b = (random(*shape, dtype=torch.float64, seed=seed).requires_grad_() for seed, shape in enumerate(shapes))

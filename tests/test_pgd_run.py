@@ -303,7 +303,7 @@ def test_autoattack_is_its_own_package(monkeypatch):
         pytest.param(("pgd", "run", "--target", "zebra"), "neither one of least_likely", id="unknown-target"),
         pytest.param(("pgd", "run", "--epsilon", "8/0"), "is not a number", id="no-fraction"),
         pytest.param(("pgd", "run", "--epsilon", "-1"), "above 0", id="negative"),
-        pytest.param(("pgd", "run", "--epsilon", "inf"), "inf must be a number", id="infinite"),
+        pytest.param(("pgd", "run", "--epsilon", "inf"), "'inf' is not a number", id="infinite"),
         pytest.param(("pgd", "run", "--check-images", "2"), "at least 20", id="too-few-to-check"),
         pytest.param(("sweep", "run", "--target", "Bag"), "attacks.run sweep: error: unrecognized", id="anothers-flag"),
         pytest.param(("pgd", "run", "--steps", "0"), "above 0", id="no-steps"),

@@ -7,8 +7,6 @@ from math import inf, nan
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from reference import DEVICE, TOLERANCE, random
 from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
@@ -124,30 +122,6 @@ def test_no_gradient_leaves_a_window_without_a_positive_value():
     assert not max_pool2d(x, **RESNET, relu=True).any()
     assert not gradient(max_pool2d, x, dy, **RESNET, relu=True).any()
     assert gradient(max_pool2d, x, dy, **RESNET).sum() == dy.sum()
-
-
-VALUES = [-inf, -2.0, -1.0, -0.0, 0.0, 1.0, 2.0, inf, nan]
-
-
-@settings(derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_random_windows_over_values_that_meet_often(data):
-    def both(low, high):
-        return tuple(data.draw(st.integers(low, high)) for _ in range(2))
-
-    kernel, stride, dilation = both(1, 4), both(1, 5), both(1, 3)
-    padding = tuple(data.draw(st.integers(0, k // 2)) for k in kernel)
-    size = [
-        max(d, d * (k - 1) + 1 - 2 * p) + data.draw(st.integers(0, 9))
-        for k, p, d in zip(kernel, padding, dilation, strict=True)
-    ]
-    shape = data.draw(st.sampled_from([0, 1, 3])), data.draw(st.sampled_from([1, 2, 17])), *size
-    choice = torch.randint(len(VALUES), shape, generator=torch.Generator("cpu").manual_seed(sum(size)), device="cpu")
-    x = torch.tensor(VALUES, dtype=data.draw(st.sampled_from(DTYPES)), device="cpu")[choice].to(DEVICE)
-    x = x.to(memory_format=data.draw(st.sampled_from([torch.contiguous_format, torch.channels_last])))
-    assert_same(x, kernel_size=kernel, stride=stride, padding=padding, dilation=dilation, ceil_mode=data.draw(
-        st.booleans()
-    ))  # fmt: skip
 
 
 # --- what is kept, taken and read ---------------------------------------------------------------------------------

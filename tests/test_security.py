@@ -4,6 +4,7 @@ import ast
 import io
 import os
 import pickle
+import shlex
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -82,7 +83,7 @@ class Executed:
         self.marker = marker
 
     def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
+        return os.system, (f"touch {shlex.quote(str(self.marker))}",)
 
 
 def plain_pickle(path: Path, harm: Executed) -> None:

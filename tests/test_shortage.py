@@ -88,6 +88,44 @@ def test_a_training_names_its_images_the_prediction_and_what_fits(
     assert on_a_gpu_of(100, *arguments, flag, fitting, "--out", "smaller")[0] == 0
 
 
+def test_a_validation_that_ran_out_is_gone_on_with_on_fewer_images(on_a_gpu_of):
+    """Nothing of it depends on how many are validated at once."""
+    code, _, err = on_a_gpu_of(
+        100, train.run.main, *TRAINING, "--batch-size", 16, "--eval-batch-size", 640, "--out", "run"
+    )
+    assert code == 2
+    fitting = suggested(err, "--eval-batch-size")
+    code, out, _ = on_a_gpu_of(100, train.run.main, "--resume", "run", "--eval-batch-size", fitting)
+    assert (code, "going on after step" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    "refusal", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")], ids=repr
+)
+def test_weights_that_do_not_fit_are_one_line(refusal, trained_folder, run_main, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise refusal
+
+    monkeypatch.setattr(models.SimpleNet, "to", refuse)
+    for main, arguments in (
+        (train.run.main, TRAINING),
+        (train.evaluate.main, (trained_folder,)),
+        (attacks.run.command.main, ("pgd", trained_folder)),
+    ):
+        code, _, err = run_main(main, *arguments, "--device", "cpu")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "error: not enough memory for the weights of " in err
+
+
+def test_another_error_is_not_taken_for_it(train_run, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(models.SimpleNet, "forward", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        train_run(*TRAINING, "--out", "run")
+
+
 def test_an_evaluation_does_too(train_run, on_a_gpu_of):
     assert train_run(*TRAINING, "--out", "run")[0] == 0
     usual = (64, train.evaluate.main, "run", "--device", "cpu", "--batch-size")

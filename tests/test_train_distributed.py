@@ -113,6 +113,24 @@ def test_two_processes_train_adversarially_as_one(make_images, train_run, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_file_that_cannot_be_written_is_told_by_one_process_alone(tmp_path):
+    """Past a limit of file sizes, which a full disk is to whoever writes."""
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); "
+    limited += "from train.run import main; main(sys.argv[1:])"
+    (tmp_path / "limited.py").write_text(limited)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(tmp_path / "limited.py"), "simplenet", *COMMON, "--out", "run",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    _, _, err = finish(process)
+    assert our_lines(err) == ["train.run: error: run/last.pt: File too large"]
+
+
+@pytest.mark.slow
 def test_an_attack_of_no_size_in_two_processes_trains_to_the_bits_of_the_plain_copy(tmp_path):
     """Reducer and synchronised norms included, which must take no notice of what is crafted in between."""
     for name, flags in (("plain", ()), ("ours", ("--adversarial", "--adversarial-epsilon", 0))):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,8 +56,17 @@ def error_line(prog: str, message: str) -> str:
 
 
 def printable(text: str) -> str:
-    """What steers a terminal, or is no text in UTF-8, as escapes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """What steers a terminal, ends a line or is no text in UTF-8 as escapes; all other scripts as they are."""
+    return "".join(char.encode("unicode_escape").decode() if steers(char) else char for char in text)
+
+
+TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+"""Classes of characters that turn the direction of writing: Unicode Standard Annex 9, section 2."""
+
+
+def steers(char: str) -> bool:
+    """Whether it is a control, a line's end, a surrogate, or turns what comes after it."""
+    return unicodedata.category(char) in {"Cc", "Cs", "Zl", "Zp"} or unicodedata.bidirectional(char) in TURNS
 
 
 def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], None], argv: list[str] | None):
@@ -72,8 +82,9 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
     try:
         code, message = ending_of(lambda: main(parser.parse_args(argv)))
         if message is not None:
-            sys.stderr.write(error_line(parser.prog, message))
-            sys.stderr.flush()  # before signals may end the process again
+            with contextlib.suppress(OSError):  # stderr may be full or gone: the exit code is left to tell
+                sys.stderr.write(error_line(parser.prog, message))
+                sys.stderr.flush()  # before signals may end the process again
     finally:
         for signum, handler in usual.items():
             signal.signal(signum, handler)

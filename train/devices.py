@@ -1,6 +1,7 @@
 """Where a command computes: --device, PyTorch's threads beside the interpreter, and memory that runs out."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import torch
@@ -30,13 +31,24 @@ class OutOfMemory(Exception):
 
 @contextlib.contextmanager
 def telling_of_memory(phase: str) -> Iterator[None]:
-    """A refusal of memory inside the block becomes OutOfMemory; PyTorch has an error of its own for a GPU's alone."""
+    """A refusal of memory inside the block becomes OutOfMemory."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        # CUDA itself, outside PyTorch's allocator, and the CPU's allocator have no exception of their own for it.
+        if not re.search("out of memory|allocate memory", str(error), re.IGNORECASE):
             raise
         raise OutOfMemory(phase) from error
+
+
+@contextlib.contextmanager
+def needing_memory(purpose: str) -> Iterator[None]:
+    """A refusal of memory inside the block becomes MemoryError "for ...", which commands tell in one line."""
+    try:
+        with telling_of_memory(purpose):
+            yield
+    except OutOfMemory as error:
+        raise MemoryError(f"for {purpose}") from error
 
 
 @contextlib.contextmanager

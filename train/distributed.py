@@ -139,9 +139,10 @@ def connect() -> Iterator[World]:
             except RuntimeError as error:
                 end_if_lost(error, store, group)
                 raise
-            except UserError:
-                with contextlib.suppress(RuntimeError):  # the store may have died with another process
-                    lasting.set(MISTAKE, "")
+            except (UserError, OSError, MemoryError) as error:
+                if isinstance(error, UserError):
+                    with contextlib.suppress(RuntimeError):  # the store may have died with another process
+                        lasting.set(MISTAKE, "")
                 tell_once(store)
                 raise
         except KeyboardInterrupt as error:  # torchrun's SIGTERM, which may come while the block above is at it

@@ -25,7 +25,7 @@ from train.batches import val_batches
 from train.checkpoint import checkpoint_file, load_model, require_same_model, settings_of
 from train.cli import Parser, UserError, make_console, number, path, run_command
 from train.data import Dataset, load_val, shows_garments, source
-from train.devices import OutOfMemory, one_thread, pick_device, telling_of_memory
+from train.devices import OutOfMemory, needing_memory, one_thread, pick_device, telling_of_memory
 from train.files import write_json
 from train.folder import VAL_EVERY, is_split
 from train.loop import AMP_DTYPES, autocast, layout, predict
@@ -123,7 +123,8 @@ def command(arguments: argparse.Namespace) -> None:
         require_place(arguments.json)
     device = pick_device(arguments.device)
     file = checkpoint_file(arguments.checkpoint)
-    model, saved = load_model(file, conv=arguments.conv, device=device)
+    with needing_memory(f"the weights of {file} on {device_name(device)}"):
+        model, saved = load_model(file, conv=arguments.conv, device=device)
     typed = {
         name: value for name in ("data", "conv", "flip_tta", "amp")
         if (value := getattr(arguments, name)) is not None

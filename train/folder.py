@@ -82,7 +82,10 @@ def images_by_class(root: Path) -> dict[str, list[Path]]:
         images = [p for p in visible(folder) if p.suffix.lower() in SUFFIXES and leads_to(p, Path.is_file)]
         if not images:
             raise UserError(f"class folder {folder} holds no images")
-        classes[printable(folder.name)] = sorted(images)
+        name = printable(folder.name)
+        if name in classes:  # one has written out what is an escape of the other's
+            raise UserError(f"{root} holds two class folders that are shown as {name}")
+        classes[name] = sorted(images)
     if not classes:
         raise UserError(f"{root} holds no class folders")
     return classes

@@ -23,8 +23,8 @@ from train.records import read_table
 CONFIG, STEPS, METRICS, SUMMARY = "config.json", "steps.csv", "metrics.csv", "summary.json"
 FILES = (CONFIG, STEPS, METRICS, SUMMARY, checkpoint.BEST, checkpoint.LAST)
 
-# Where a run finds things and computes; another machine's may differ.
-PLACES = ("data", "cache", "device")
+# Where a run finds things and computes, and how much of it at once is validated; another machine's may differ.
+PLACES = ("data", "cache", "device", "eval_batch_size")
 
 
 def default_folder(settings: Settings, started: float) -> Path:

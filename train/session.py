@@ -15,7 +15,7 @@ import models
 from train import checkpoint, shortage
 from train.cli import UserError, stop_on_signal
 from train.data import default_image_size, load_data, require_classes
-from train.devices import OutOfMemory, one_thread, pick_device, telling_of_memory
+from train.devices import OutOfMemory, needing_memory, one_thread, pick_device
 from train.display import Display
 from train.distributed import World
 from train.files import write_json
@@ -51,7 +51,7 @@ def train_in(folder: Path, settings: Settings, console: Console, world: World) -
             begin(folder, settings, console, world, exact=True)
             return
         with begun(folder, world) as (theirs, saved):
-            if others := differences(theirs, settings) - {"cache", "device"}:
+            if others := differences(theirs, settings) - {"cache", "device", "eval_batch_size"}:
                 raise UserError(f"{folder} holds a run of other settings: {', '.join(sorted(others))}; "
                                 "take another folder")
             if is_complete(folder, world):
@@ -109,18 +109,15 @@ def make_trainer(
             models.build(settings.model, settings.conv, num_classes=2, image_size=settings.image_size)
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
-    try:
-        with telling_of_memory("loading images"):
-            train_data, val_data = load_data(
-                settings.data,
-                settings.image_size,
-                limit_train=settings.limit_train,
-                limit_val=settings.limit_val,
-                console=console,
-                cache=Path(settings.cache) if settings.cache else None,
-            )
-    except OutOfMemory as error:
-        raise MemoryError(f"for these images at {settings.image_size} px; take a smaller --image-size") from error
+    with needing_memory(f"these images at {settings.image_size} px; take a smaller --image-size"):
+        train_data, val_data = load_data(
+            settings.data,
+            settings.image_size,
+            limit_train=settings.limit_train,
+            limit_val=settings.limit_val,
+            console=console,
+            cache=Path(settings.cache) if settings.cache else None,
+        )
     require_classes(train_data)
     if settings.limit_train is not None and settings.limit_train < len(train_data.classes):
         raise UserError(
@@ -138,11 +135,8 @@ def make_trainer(
         f"{f'{world.size} processes; ' if world.size > 1 else ''}run folder {folder}",
         soft_wrap=True,
     )
-    try:
-        with telling_of_memory("set-up"):
-            return Trainer(settings, train_data, val_data, device, folder, world, saved)
-    except OutOfMemory as error:
-        raise MemoryError(f"on {device_name(device)} for the weights of {settings.model} alone") from error
+    with needing_memory(f"the weights of {settings.model} on {device_name(device)}"):
+        return Trainer(settings, train_data, val_data, device, folder, world, saved)
 
 
 def require_norms_of_one(settings: Settings) -> None:
@@ -222,7 +216,8 @@ def describe_shortage(trainer: Trainer, phase: str) -> str:
     besides = weights * (bool(settings.ema) + (world.size > 1))
     images, flag, work = trainer.feeder.count // world.size, "--batch-size", Training
     if phase == VALIDATION:
-        images, flag, work = min(settings.eval_batch_size, len(trainer.val)), "--eval-batch-size", Validation
+        share = -(-len(trainer.val) // world.size)
+        images, flag, work = min(settings.eval_batch_size, share), "--eval-batch-size", Validation
         state = (value for values in trainer.optimizer.state.values() for value in values.values())
         kept = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         besides += sum(tensor.nbytes for tensor in (*kept, *state) if isinstance(tensor, torch.Tensor))
@@ -243,6 +238,8 @@ def draw(trainer: Trainer) -> None:
 def show_finished(folder: Path, console: Console) -> None:
     console.print(f"{folder} is complete: there is nothing left to do", soft_wrap=True)
     summary = folder / SUMMARY
+    if not summary.is_file():  # a pipe, say, whose end may never come
+        raise UserError(f"{summary} is no file")
     try:
         print_summary(console, json.loads(summary.read_text()), folder)
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -36,8 +36,8 @@ def describe(
         account = rehearse(step, "cpu", steps=STEPS, settings=settings, work=work)
         return f"{asked}; predicted are {in_mib(whole(account.peak.nbytes + besides))}: take a smaller {flag}"
     try:
-        gpu = find_gpu(device)
-    except NoGpu as reason:
+        gpu, free = find_gpu(device), room(device)
+    except (NoGpu, RuntimeError) as reason:  # a GPU that is full may refuse even to be asked
         return f"{asked}; nothing is predicted ({reason}): take a smaller {flag}"
 
     @functools.cache
@@ -49,7 +49,6 @@ def describe(
 
     # Beside the step lie the images of the next, whole and as they are cropped: not more than twice the batch.
     besides += 2 * 3 * 4 * step.batch_size * size**2
-    free = room(device)
     left = whole(max(0, free.low - besides))
     told = f"{asked}; predicted are {in_mib(needed(account_of(step.batch_size), gpu, besides))}, free {in_mib(free)}"
     if fits(account_of(step.batch_size), gpu, pessimistic=True, room=left):

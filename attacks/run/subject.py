@@ -19,7 +19,7 @@ from train.batches import val_batches
 from train.checkpoint import checkpoint_file, load_model, require_same_model, settings_of
 from train.cli import UserError, number, path
 from train.data import Dataset, load_val, source, spread
-from train.devices import OutOfMemory, pick_device, telling_of_memory
+from train.devices import OutOfMemory, needing_memory, pick_device, telling_of_memory
 from train.distributed import World
 from train.files import make_folder
 from train.loop import layout
@@ -193,7 +193,8 @@ def load_subject(checkpoint: Path, arguments: argparse.Namespace, console: Conso
     """Raises UserError for a checkpoint or images that are missing, damaged or do not fit each other."""
     device = world.device(pick_device(arguments.device).type)
     file = checkpoint_file(checkpoint)
-    model, saved = load_model(file, conv=arguments.conv, device=device)
+    with needing_memory(f"the weights of {file} on {device_name(device)}"):
+        model, saved = load_model(file, conv=arguments.conv, device=device)
     typed = {name: value for name in ("data", "conv") if (value := getattr(arguments, name)) is not None}
     settings = settings_of(file, saved, **typed, limit_val=arguments.limit)
     try:
@@ -233,9 +234,11 @@ def each_subject(
                 reports.append(work(subject, folder))
         except OutOfMemory as error:
             settings = replace(subject.settings, amp="off")  # attacks take gradients in full precision
-            step = step_of(settings, min(subject.batch_size, len(subject.data)))
+            step = step_of(settings, -(-min(subject.batch_size, len(subject.data)) // world.size))
             raise UserError(
-                shortage.describe(step, subject.device, settings, flag="--batch-size", work=Attack)
+                shortage.describe(
+                    step, subject.device, settings, flag="--batch-size", work=Attack, processes=world.size
+                )
                 + "; or take fewer images for checks and pictures"
             ) from error
     return reports
