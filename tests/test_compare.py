@@ -395,6 +395,22 @@ def test_no_runs_is_one_line(arguments, word, compare_run):
     assert word in err
 
 
+def test_no_name_of_a_file_steers_the_terminal(make_run, compare_run):
+    """Names of files may hold anything, and a run folder may come from anyone."""
+    make_run("a", data="/data/\x1b[31mred")
+    make_run("b", start_from="/\u202eb.pt", weights="/\x07.pth", cache="/\x1b[2J", seed=1)
+    make_run("c/\x1b[31mc")
+    make_run("c/\x1b[31md")
+    make_run("d/\x1b[2J", val=(), train=(), finished=False, epochs=3)
+    code, out, err, rows = compare_run("a", "b", "c", "d")
+    assert (code, err) == (0, "")
+    assert not {"\x1b", "\x07", "\u202e"} & set(out)
+    assert all(shown in out for shown in (r"data=\x1b[31mred", r"start_from=\u202eb.pt", r"weights=\x07.pth"))
+    assert r"note: the same seed more than once: c/\x1b[31mc, c/\x1b[31md" in out
+    assert r"left out: d/\x1b[2J has not" in out
+    assert rows[0]["data"] == "/data/\x1b[31mred"
+
+
 def test_a_run_from_before_a_setting_is_grouped_with_those_after(make_run, compare_run):
     old = make_run("a") / "config.json"
     make_run("b", seed=1)

@@ -1,6 +1,7 @@
 """Checkpoints that have rotted or were edited: refused in one line, or what they were, and never changed."""
 
 import io
+import shutil
 import zipfile
 from collections.abc import Callable
 
@@ -213,6 +214,83 @@ def test_every_attack_refuses_a_rotten_checkpoint(arguments, whole, run_main, tm
     assert err.endswith("error: x.pt is damaged or is no checkpoint (BadZipFile)\n")
     assert err.count("\n") == 1
     assert (tmp_path / "x.pt").read_bytes() == raw
+
+
+# ---------------------------------------------------------------- the position in last.pt
+
+
+def within(name: str, **changes: object) -> Callable[[dict], dict]:
+    return lambda contents: contents | {name: contents[name] | changes}
+
+
+def in_optimizer(change: Callable[[dict, list[dict]], object]) -> Callable[[dict], dict]:
+    """`change` is given the states by parameter, and the groups."""
+
+    def changed(contents: dict) -> dict:
+        change(contents["optimizer"]["state"], contents["optimizer"]["param_groups"])
+        return contents
+
+    return changed
+
+
+UNDER_WAY = {"epoch": 5, "batch": 10, "step": 60}  # where steps_per_epoch is 10: before the sixth validation
+WRONG_POSITIONS = {
+    **{
+        f"{name} is {str(value)[:18]}": part(**{name: value})
+        for name, values in {
+            "batch": [None, -1, "1", 1.0, True, 11, 3, torch.tensor(0)],
+            "step": [None, 999, "60", 60.0],
+            "epoch": [7, 2**62],
+            "timing": [None, 5, {}, []],
+            "best": [None, 5, {}],
+            "meter": [None, [0] * 4, torch.zeros(3), torch.zeros(4), torch.zeros(4, dtype=torch.float64) / 0],
+            "scaler": [None, {"scale": 1.0}],
+            "trained_model": [{}],
+            "optimizer": [None, 5, {}],
+            "data": [None, 5],
+        }.items()
+        for value in values
+    },
+    **{f"seconds={x}": within("timing", seconds=x) for x in (float("nan"), float("inf"), -1.0, "1", None)},
+    "images=0.5": within("timing", images=0.5),
+    "no-time-at-all": within("timing", total_seconds=0.0),
+    "more-times": within("timing", hours=1.0),
+    "epoch-without-time": part(**UNDER_WAY, meter=torch.ones(4, dtype=torch.float64)),
+    "epoch-without-images": lambda contents: within("timing", seconds=1.0)(contents) | UNDER_WAY,
+    **{f"best-epoch={x}": within("best", epoch=x) for x in (-1, "1", 7)},
+    **{f"best-top1={x}": within("best", val_top1=x) for x in (float("nan"), 101.0, None)},
+    "float64-weights": first_weight(Tensor.double),
+    "weights-of-another-shape": first_weight(lambda w: w[:1]),
+    "betas": in_optimizer(lambda _, groups: groups[0].update(betas="x")),
+    "no-betas": in_optimizer(lambda _, groups: groups[0].pop("betas")),
+    "no-decay": in_optimizer(lambda _, groups: groups[0].update(weight_decay=0.0)),
+    "lr": in_optimizer(lambda _, groups: groups[0].update(lr=float("nan"))),
+    "two-groups": in_optimizer(lambda _, groups: groups.append(groups[0])),
+    "parameters-exchanged": in_optimizer(lambda _, groups: groups[0]["params"].reverse()),
+    "no-states": in_optimizer(lambda states, _: states.clear()),
+    "no-state-of-one": in_optimizer(lambda states, _: states.pop(3)),
+    "states-before-a-step": part(epoch=0, step=0, best={"epoch": 0, "val_top1": -1.0}),
+    "state-without-a-part": in_optimizer(lambda states, _: states[0].pop("exp_avg")),
+    **{
+        f"{name}-{kind}": in_optimizer(lambda states, _, name=name, value=value: states[0].update({name: value}))
+        for name in ("exp_avg", "exp_avg_sq", "step")
+        for kind, value in {"nothing": None, "shape": torch.zeros(2), "text": "x", "list": [[1.0]]}.items()
+    },
+    "float64-state": in_optimizer(lambda states, _: states[0].update(exp_avg=states[0]["exp_avg"].double())),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_POSITIONS)
+def test_what_cannot_be_a_position_is_never_gone_on_from(name, trained_folder, train_run, tmp_path):
+    folder = shutil.copytree(trained_folder, tmp_path / "run", ignore=shutil.ignore_patterns("summary.json"))
+    contents = torch.load(folder / "last.pt", weights_only=True)
+    raw = saved(WRONG_POSITIONS[name](contents))
+    (folder / "last.pt").write_bytes(raw)
+    code, _, err = train_run("--resume", "run")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "run/last.pt is damaged: " in err or (name.startswith("data") and "images of" in err)
+    assert (folder / "last.pt").read_bytes() == raw
+    assert not (folder / "summary.json").exists()
 
 
 # ---------------------------------------------------------------- pretrained weights

@@ -14,6 +14,7 @@ from attacks.run import kept
 from attacks.run.figures import save_figure
 from train import checkpoint, compare, run_folder
 from train.cli import UserError
+from train.loop import Trainer
 from train.records import Records
 
 TEXT_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -37,17 +38,20 @@ def values(**changes: object) -> Callable[[bytes], bytes]:
 CONFIG_DAMAGE = TEXT_DAMAGE | {
     f"{name}={value!r}": values(**{name: value})
     for name, wrong in {
-        "image_size": ["32", -1, 10**9, float("nan")], "epochs": ["2", 0], "conv": [{}, 3, None], "model": [5],
+        "image_size": ["32", -1, 10**9, float("nan")], "epochs": ["2", 0], "conv": [{}, 3, None],
         "data": [5, None], "device": [5], "seed": [-1, "0", 10**30], "lr": ["x", None, float("inf")],
-        "batch_size": [0, 1.5], "cache": [5], "limit_val": [0, "x"], "recipe": [None],
+        "batch_size": [0, 1.5], "cache": [5], "limit_val": [0, "x"],
+        "recipe": [None, "\x1b[31mwri", "wri\x07", "a\u202eb", "\ud800"], "model": [5, "\x1b[2J"],
     }.items()
     for value in wrong
 }  # fmt: skip
 SUMMARY_DAMAGE = TEXT_DAMAGE | {
     f"{name}={value!r}": values(**{name: value})
     for name, wrong in {
-        "backend": [5, None], "device": [None, 7], "classes": ["a", None], "images_per_s": ["x", None, float("nan")],
-        "memory": [None, [], {}, {"kind": 5, "mib": 1}, {"kind": "a", "mib": "x"}], "processes": ["2", None],
+        "backend": [5, None, "fpga"], "device": [None, 7, "\x1b[31mT4"], "classes": ["a", None],
+        "images_per_s": ["x", None, float("nan")],
+        "memory": [None, [], {}, {"kind": 5, "mib": 1}, {"kind": "a", "mib": "x"}, {"kind": "\x1b]0;", "mib": 1}],
+        "processes": ["2", None],
     }.items()
     for value in wrong
 }  # fmt: skip
@@ -147,7 +151,47 @@ def test_a_rotten_last_checkpoint_is_refused_and_kept(folder, train_run):
     assert "is damaged" in refuse(folder, "last.pt", flip, lambda: train_run("--resume", "run"))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        pytest.param("quick", {}, id="adamw"),
+        pytest.param("writeup", {}, id="sgd"),
+        pytest.param("writeup", {"momentum": 0.0}, id="sgd-without-momentum"),
+        pytest.param("modern", {"amp": "fp16"}, id="average-and-fp16"),
+        pytest.param("modern", {"model": "customnet"}, id="customnet"),
+        pytest.param("modern", {"model": "simplevit"}, id="simplevit"),
+        pytest.param("modern", {"model": "resnet18"}, id="resnet18", marks=pytest.mark.slow),
+    ],
+)
+def test_whatever_is_saved_in_an_epoch_is_gone_on_from(recipe, changes, make_trainer):
+    require_gone_on_from(make_trainer(recipe, **changes), make_trainer(recipe, **changes))
+
+
+def test_steps_left_out_because_gradients_overflow_leave_no_state_and_are_gone_on_from(make_trainer):
+    first, second = (make_trainer(amp="fp16") for _ in range(2))
+    first.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    require_gone_on_from(first, second)
+    assert not first.optimizer.state
+
+
+def require_gone_on_from(first: Trainer, second: Trainer) -> None:
+    """The `second`, of the same folder and settings, takes up each position of the first's epoch."""
+    for x, y in [*first.feeder.epoch(0), (None, None)]:
+        first.save()
+        second.resume(checkpoint.load(first.folder / "last.pt"))
+        assert second.step == first.step
+        if x is not None:
+            first.train_step(x, y)
+            first.count_time(0.1, 0.01, images=len(y))
+
+
 # ---------------------------------------------------------------- kept results of an attack
+
+
+def test_a_pipe_in_place_of_kept_results_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pgd.part.json")
+    with pytest.raises(UserError, match=r"pgd\.part\.json is no file"):
+        kept.read(tmp_path / "pgd.part.json", "k")
 
 
 @pytest.mark.parametrize("harm", [lambda t: t.replace("0.25", "0.75"), lambda t: t[:-9], lambda t: "[" * 10**5])
@@ -171,6 +215,10 @@ def test_dollars_in_names_are_no_mathematics(shown, tmp_path):
     else:
         figure.savefig(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size
+
+
+def test_names_in_any_script_are_settings():
+    checkpoint.require_values({"recipe": "写\u3000真", "data": "/\x1b"})
 
 
 def test_settings_are_those_that_a_command_writes(folder):

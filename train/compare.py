@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train import writeup
-from train.cli import Parser, UserError, make_console, path, run_command
+from train.cli import Parser, UserError, make_console, path, printable, run_command
 from train.files import atomic_write, make_folder, write_csv
 from train.report import describe_backend
 from train.runs import IRRELEVANT, Group, Run, crossing_epoch, find_runs, group_runs, read_run, spread
@@ -96,7 +96,7 @@ def command(arguments: argparse.Namespace) -> None:
     print_tables(console, groups, names)
     for run in runs:
         if not run.epochs:
-            console.print(f"left out: {run.folder} has not finished an epoch", soft_wrap=True)
+            console.print(f"left out: {printable(str(run.folder))} has not finished an epoch", soft_wrap=True)
     for line in notes(groups):
         console.print(line)
     console.print(f"written: {arguments.out / 'compare.png'}, {arguments.out / 'compare.csv'}", soft_wrap=True)
@@ -145,8 +145,8 @@ def differing_data(facts: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def short(value: Any) -> str:
-    """A path as its last part."""
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else str(value)
+    """A path as its last part, as it can be shown."""
+    return printable(Path(value).name if isinstance(value, str) and value.startswith("/") else str(value))
 
 
 def epochs_cell(group: Group) -> str:
@@ -264,7 +264,7 @@ def notes(groups: Sequence[Group]) -> list[str]:
 
 
 def folders(group: Group) -> str:
-    return ", ".join(str(run.folder) for run in group.runs)
+    return ", ".join(printable(str(run.folder)) for run in group.runs)
 
 
 def csv_row(group: Group, name: tuple[str, ...]) -> dict[str, Any]:

@@ -283,15 +283,22 @@ class Trainer:
         checkpoint.require_same_model(path, saved, self.settings.model, self.train.classes)
         if saved.get("data") != [self.train.fingerprint, self.val.fingerprint]:
             raise UserError(f"the images of {self.settings.data} are not those that {path} was trained on")
+        fresh = {"scaler": self.scaler.state_dict(), "meter": self.meter.sums, "timing": self.timing}
+        checkpoint.require_position(path, saved, fresh, self.steps_per_epoch)
+        self.epoch, self.batch = saved["epoch"], saved["batch"]
+        self.meter.sums = saved["meter"].to(self.device)
+        self.timing, self.best = saved["timing"], saved["best"]
+        stepped = self.step > 0
+        if self.scaler.is_enabled() and stepped:  # it leaves out the steps whose gradients overflow
+            stepped = None
+        if self.settings.optimizer == "sgd" and self.settings.momentum == 0:  # it has nothing to keep
+            stepped = False
         try:
-            self.model.load_state_dict(saved["trained_model"] if self.average else saved["model"])
+            checkpoint.copy_weights(saved["trained_model"] if self.average else saved["model"], self.model)
             if self.average:
-                self.average.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+                checkpoint.copy_weights(saved["model"], self.average.model)
+            checkpoint.load_optimizer(saved["optimizer"], self.optimizer, stepped=stepped)
             self.scaler.load_state_dict(saved["scaler"])
-            self.epoch, self.batch = saved["epoch"], saved["batch"]
-            self.meter.sums = saved["meter"].to(self.device)
-            self.timing, self.best = saved["timing"], saved["best"]
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         self.saved_step = self.step

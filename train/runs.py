@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from train.checkpoint import FINITE, fits, require_values
+from train.checkpoint import FINITE, can_be_shown, fits, require_values
 from train.cli import UserError
 from train.recipes import DEFAULTS
 from train.records import EPOCH_COLUMNS, MEMORY_COLUMNS, read_table
@@ -21,9 +21,12 @@ from train.run_folder import CONFIG, METRICS, SUMMARY
 # Settings that change neither what is learned nor what is measured.
 IRRELEVANT = {"seed", "cache"}
 
-# Memory is compared by the summaries: its columns have empty cells, and runs of earlier versions lack them.
-SUMMARY_TYPES = {"backend": str, "device": str, "classes": int, "images_per_s": float, "memory": dict, "processes": int}
+SUMMARY_TYPES = {
+    "backend": Literal["compiled", "interpreter", "native"], "device": str, "classes": int, "images_per_s": float,
+    "memory": dict, "processes": int,
+}
 MEMORY_TYPES = {"kind": str, "mib": float | None}
+# Memory is compared by the summaries: its columns have empty cells, and runs of earlier versions lack them.
 COLUMNS = tuple(name for name in EPOCH_COLUMNS if name not in MEMORY_COLUMNS)
 
 
@@ -161,9 +164,10 @@ def read_run(folder: Path) -> Run:
 
 
 def require_types(path: Path, values: dict[str, Any], types: Mapping[str, Any]) -> None:
-    """Raises UserError unless `values`, out of `path`, has values of these types."""
+    """Raises UserError unless `values`, out of `path`, has values of these types, and text that can be shown."""
     for name, hint in types.items():
-        if name not in values or not fits(values[name], hint, *FINITE):
+        value = values.get(name)
+        if name not in values or not fits(value, hint, *FINITE) or not can_be_shown(value):
             raise UserError(f"{path} is damaged: {name} is {reprlib.repr(values.get(name, 'missing'))}")
 
 

@@ -56,6 +56,10 @@ def over_batches(
 
 def read(file: Path, key: str) -> list[Any]:
     """The results in `file` if they are of this key; none where it is missing or of another."""
+    if not file.exists():
+        return []
+    if not file.is_file():  # a pipe, say, whose end may never come
+        raise UserError(f"{file} is no file; move it away to begin anew")
     try:
         saved = json.loads(file.read_text())
         if saved["key"] != key:
@@ -63,8 +67,6 @@ def read(file: Path, key: str) -> list[Any]:
         if saved["checksum"] != checksum(saved["results"]):
             raise ValueError("checksum")
         return saved["results"]
-    except FileNotFoundError:
-        return []
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged; delete it to begin anew") from error
 
