@@ -32,7 +32,7 @@ test: $(READY)  ## the tests that together take a few minutes
 test-slow: $(READY)  ## the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
-soak: $(READY)  ## the tests of many minutes, for once in a while
+soak: $(READY)  ## the long fuzz and the faults at random moments, twenty minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak
 
 lint: $(READY)  ## ruff

@@ -16,14 +16,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A command that is started within a fraction of a second: it imports no torch.
 COMMAND = """
-import os, signal, sys
+import os, signal, sys, time
 from train.cli import Parser, UserError, make_console, run_command
+
+class Interrupted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        1 + 1
 
 def command(arguments):
     if arguments.how == "write":
         sys.stdout.write(arguments.text)
     elif arguments.how == "kill":
         os.kill(os.getpid(), getattr(signal, arguments.text))
+    elif arguments.how == "finalise":
+        Interrupted()
+        time.sleep(60)
     elif arguments.how == "print":
         make_console().print(arguments.text)
     else:
@@ -139,10 +147,12 @@ def test_an_empty_path_is_never_the_current_folder():
             pytest.fail(f"{name} takes an empty {flag}: {kind('')!r}")
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_request_to_stop_is_one_line(name):
-    """Whatever the command is doing; a training goes on to the end of its step first."""
+@pytest.mark.parametrize(
+    "arguments", [("kill", "SIGINT"), ("kill", "SIGTERM"), ("kill", "SIGHUP"), ("finalise", "x")], ids="-".join
+)
+def test_a_request_to_stop_is_one_line(arguments):
+    """Whatever the command is doing, a finaliser that drops exceptions too; a training ends its step first."""
     ended = subprocess.run(
-        [sys.executable, "-c", COMMAND, "kill", name], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=30
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "tiny: error: interrupted\n")

@@ -79,7 +79,7 @@ def test_a_training_goes_on_after_the_disk_was_full(kib, server, trained, disk):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kib", [*range(0, 32, 4), *range(1200, 1300, 20), *range(1300, NEEDED, 200)])
+@pytest.mark.parametrize("kib", [*range(0, 32, 4), *range(1200, 1300, 20), *range(1300, NEEDED, 400)])
 def test_a_training_goes_on_after_the_disk_was_full_at_any_file(kib, server, trained, disk):
     fill_training(server, trained, disk, kib)
 
@@ -126,7 +126,8 @@ def test_a_profile_that_does_not_fit_is_told_and_not_left_half_written(kib, trai
     monkeypatch.setattr(train.profiling.Profiler, "_write", on_a_full_disk)
     code, _, err = train_run(*QUICK, "--profile", 2, "--out", folder)
     assert (code, err.count("\n")) == (2, 1), err
-    assert err.startswith(f"train.run: error: {folder}/{'profile.txt' if kib < 64 else 'trace.json'}: ")
+    names = {0: ["profile.txt"], 150: ["trace.json"]}.get(kib, ["profile.txt", "trace.json"])
+    assert any(err.startswith(f"train.run: error: {folder / name}: ") for name in names), err
     require_whole(disk.path)
     assert not leftovers(disk.path)
     disk.free()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -76,9 +77,10 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
     its traceback. Where whoever read stdout has gone, as in `| head`, it exits 1 in silence.
     """
     prepare_streams()
-    usual = usual_handlers()
+    usual, unraisable = usual_handlers(), sys.unraisablehook
     for signum in usual:
         signal.signal(signum, signal.default_int_handler)  # SIGTERM is as polite a request as Ctrl-C
+    sys.unraisablehook = interrupt_again
     try:
         code, message = ending_of(lambda: main(parser.parse_args(argv)))
         if message is not None:
@@ -86,10 +88,20 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
                 sys.stderr.write(error_line(parser.prog, message))
                 sys.stderr.flush()  # before signals may end the process again
     finally:
+        sys.unraisablehook = unraisable
         for signum, handler in usual.items():
             signal.signal(signum, handler)
     if code is not None:
         sys.exit(code)
+
+
+def interrupt_again(dropped: Any) -> None:
+    """Of an interrupt that came inside a finaliser or a weak reference's callback: Python would print and drop it."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        main = threading.main_thread().ident
+        threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()  # when that callback has ended
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def prepare_streams() -> None:
