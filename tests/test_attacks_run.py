@@ -81,6 +81,7 @@ def test_figures_are_those_of_the_attacks_one_by_one(checkpoint, attack, tmp_pat
     assert not (tmp_path / "out/sweep.part.json").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_where_it_was(checkpoint, attack, monkeypatch, tmp_path):
     assert attack("sweep", "run", "--out", "whole")[0] == 0
     original, calls = command.attack_batch, []
@@ -100,6 +101,7 @@ def test_interrupted_it_goes_on_where_it_was(checkpoint, attack, monkeypatch, tm
     assert figures(tmp_path / "cut") == figures(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_what_was_counted_for_another_model_is_not_gone_on_with(checkpoint, attack, monkeypatch, tmp_path):
     assert attack("sweep", "run", "--out", "out")[0] == 0
     whole = figures(tmp_path / "out")
@@ -109,6 +111,7 @@ def test_what_was_counted_for_another_model_is_not_gone_on_with(checkpoint, atta
     assert figures(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_a_masked_model_is_doubted(checkpoint, attack, tmp_path):
     """Logits so large that gradients vanish: no attack moves, and the accuracy looks like the clean one."""
     saved = torch.load(checkpoint / "best.pt", weights_only=True)

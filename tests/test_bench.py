@@ -268,6 +268,7 @@ def test_the_command_labels_rows_and_ends_with_ratios(finished):
     assert max(map(len, ours.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_a_regression_fails_the_run_and_pictures_are_drawn(finished, tmp_path):
     _, file = finished
     doctored = json.loads(file.read_text())

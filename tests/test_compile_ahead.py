@@ -162,6 +162,7 @@ def test_forward_without_a_bias_and_into_either_layout(layout):
     assert "b_ptr" not in function_line(launches[0].kernel)
 
 
+@pytest.mark.slow
 def test_the_other_generations_compile():
     for arch in sorted(set(runtime.MULTIPROCESSORS) - set(ARCHITECTURES)):
         assert compile_ahead("forward", (2, 64, 8, 8), (64, 64, 3, 3), padding=1, arch=arch)

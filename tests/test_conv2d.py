@@ -66,7 +66,8 @@ def test_float64_agrees(x_shape, w_shape, geometry):
     ("x_shape", "groups", "geometry"),
     [((1, 2, 200_000, 1), 2, {"stride": (131_071, 1), "dilation": (2, 1)}),
      ((1, 1, 300, 1), 1, {"stride": (131_071, 1), "dilation": (2, 1), "padding": (131_000, 0)}),
-     ((1, 1, 2000, 1), 1, {"stride": (1001, 1), "dilation": (2, 1), "padding": (4_300_000, 0)})],
+     pytest.param((1, 1, 2000, 1), 1, {"stride": (1001, 1), "dilation": (2, 1), "padding": (4_300_000, 0)},
+                  marks=pytest.mark.slow)],
     ids=["depthwise", "dense-large-stride", "dense-large-padding"],
 )  # fmt: skip
 def test_first_taps_of_large_strides_and_paddings_are_found(x_shape, groups, geometry):

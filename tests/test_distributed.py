@@ -81,7 +81,9 @@ def normed_step(rank: int, folder: str, adversarial: bool) -> None:
 
 
 # In float64, for an attack goes by signs: in float32 rounding, which depends on the size of a batch, turns some.
-@pytest.mark.parametrize("adversarial", [False, True], ids=["plain", "adversarial"])
+@pytest.mark.parametrize(
+    "adversarial", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "adversarial"]
+)
 def test_batch_norms_see_the_batches_of_all_processes(adversarial, tmp_path):
     mp.spawn(normed_step, args=(str(tmp_path), adversarial), nprocs=2)
     theirs, gradients, state = torch.load(tmp_path / "step.pt", weights_only=True)

@@ -89,7 +89,9 @@ def test_a_training_goes_on_after_the_disk_was_full_at_any_file(kib, server, tra
     [
         pytest.param(train.session, "draw_curves", "curves.png", 40, id="curves"),
         pytest.param(train.session, "write_json", "summary.json", 0, id="summary", marks=pytest.mark.slow),
-        pytest.param(train.records, "append_events", "events.out.tfevents", 0, id="events"),
+        pytest.param(
+            train.records, "append_events", "events.out.tfevents", 0, id="events", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_is_written_last_costs_no_training(module, name, told, kib, train_run, disk, monkeypatch):

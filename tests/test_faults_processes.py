@@ -223,7 +223,7 @@ def test_of_two_reproductions_in_one_folder_one_works(server, tmp_path):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (MemoryError("for a batch"), "not enough memory"),
+        pytest.param(MemoryError("for a batch"), "not enough memory", marks=pytest.mark.slow),
         pytest.param(
             OSError(5, "Input/output error", "/data/cache.images"), "/data/cache.images: Input/output error",
             marks=pytest.mark.slow,

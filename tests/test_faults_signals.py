@@ -84,7 +84,7 @@ def test_a_training_struck_at_any_moment_loses_nothing(server, trained, name, sh
     strike_training(server, trained, name, share, between, tmp_path)
 
 
-@pytest.mark.parametrize("number", [2, 5, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (5, 9))])
 def test_ctrl_c_while_it_saves_after_ctrl_c_leaves_the_files_whole(number, train_run, tmp_path, monkeypatch):
     """The second one at the number-th file that is brought to the disk after the first."""
     arguments = [*TINY[:-1], "4", "--out"]

@@ -41,7 +41,8 @@ def test_simplenets_chains():
         ("simplenet", 7, (0, 0)),
         ("customnet", 21, (1, 1)),  # the head's
         ("simplevit", 0, (0, 0)),
-        ("resnet18", 20, (16, 8)),  # those after the eight sums, and in training after norms
+        # Those after the eight sums, and in training after norms.
+        pytest.param("resnet18", 20, (16, 8), marks=pytest.mark.slow),
     ],
 )
 def test_the_labs_models_compute_the_same(name, chains, relus, train):
@@ -76,13 +77,13 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "chains", "left"),
     [
         pytest.param("squeezenet1_1", 28, 0, id="concatenation"),
-        pytest.param("vgg11_bn", 8, 0, id="containers"),
+        pytest.param("vgg11_bn", 8, 0, id="containers", marks=pytest.mark.slow),
         pytest.param("densenet121", 59, 61, id="norm-first"),
         pytest.param("mobilenet_v3_small", 43, 9, id="other-activations"),
         pytest.param("googlenet", 70, 0, id="asks-for-the-mode"),
         pytest.param("shufflenet_v2_x0_5", 56, 0, id="shape-logic"),
         pytest.param("vit_b_16", 0, 1, id="transformer"),
-        pytest.param("maxvit_t", 23, 38, id="untraceable"),
+        pytest.param("maxvit_t", 23, 38, id="untraceable", marks=pytest.mark.slow),
     ],
 )
 def test_torchvisions_models_compute_the_same(name, chains, left):

@@ -280,7 +280,10 @@ WRONG_POSITIONS = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG_POSITIONS)
+@pytest.mark.parametrize(
+    "name",
+    [name if i % 4 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(WRONG_POSITIONS)],
+)
 def test_what_cannot_be_a_position_is_never_gone_on_from(name, trained_folder, train_run, tmp_path):
     folder = shutil.copytree(trained_folder, tmp_path / "run", ignore=shutil.ignore_patterns("summary.json"))
     contents = torch.load(folder / "last.pt", weights_only=True)

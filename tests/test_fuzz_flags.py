@@ -12,7 +12,7 @@ from workbench import Bench, make_places
 
 import train.run
 
-LINES, MANY_LINES = 10, 100
+LINES, MANY_LINES = 6, 100
 """Random command lines of each command, in `make test` and in `make soak`."""
 
 

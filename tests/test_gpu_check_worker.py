@@ -223,6 +223,7 @@ def small_steps(clock, monkeypatch) -> None:
     steps.exact_gradients.cache_clear()
 
 
+@pytest.mark.slow
 def test_whole_steps_are_timed_by_each_contender_once_their_gradients_are_right(small_steps):
     rows = []
     assert worker.time_steps(rows.append, torch.device("cpu"), quick=True) is None

@@ -166,6 +166,7 @@ def test_mixed_precision_takes_less(report_of):
     assert mixed["dtype"] == "float32 with autocast to fp16"
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_found(report_of, monkeypatch):
     monkeypatch.setitem(GPUS, "t4", dataclasses.replace(GPUS["t4"], total=1000))  # a search in small batches
     report, out = report_of("simplenet", "--conv", "torch", "triton", "--image-size", 32, "--fits", "t4")

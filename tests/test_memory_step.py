@@ -228,6 +228,7 @@ print(tracker.account.peak.nbytes, resident("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 def test_tracked_is_what_a_fresh_process_comes_to_hold():
     """Resident memory is a witness where every large allocation is a mapping of its own, gone when it is freed."""
     environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536", OMP_NUM_THREADS="1")

@@ -182,6 +182,7 @@ def test_pixels_through_the_wrapper_are_the_models_own_images():
     assert torch.allclose(InPixels(model, mean, std)(x * std + mean), model(x), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_where_it_was(run, attack_run, examined, monkeypatch, tmp_path):
     assert attack_run("pgd", "run", "--out", "whole")[0] == 0
     original, calls = perturb.attack, []

@@ -46,6 +46,7 @@ def equal(one: dict, other: dict) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_copies_are_ordinary_runs_and_attacked_alike(run, attack, tmp_path):
     code, out, _ = attack("run", "--out", "out", "--epsilon", "0.2")
     assert code == 0
@@ -87,6 +88,7 @@ def test_copies_are_ordinary_runs_and_attacked_alike(run, attack, tmp_path):
     assert all(len(line) <= 80 for line in out[out.index("clean and under attack") :].splitlines())
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_where_it_was(run, attack, monkeypatch, tmp_path):
     """After the plain copy was trained and attacked: neither is done again."""
     assert attack("run", "--out", "whole")[0] == 0

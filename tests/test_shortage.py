@@ -67,7 +67,7 @@ def suggested(err: str, flag: str) -> int:
     ("flag", "images", "usual"),
     [
         pytest.param("--batch-size", 512, (), id="training-steps"),
-        pytest.param("--eval-batch-size", 640, ("--batch-size", 16), id="validation"),
+        pytest.param("--eval-batch-size", 640, ("--batch-size", 16), id="validation", marks=pytest.mark.slow),
     ],
 )
 def test_a_training_names_its_images_the_prediction_and_what_fits(

@@ -230,6 +230,7 @@ def test_half_precision_moves_less_and_one_convolution_has_no_ratio(report_of):
     assert half == full / 2
 
 
+@pytest.mark.slow
 def test_all_models_have_a_line_each(report_of):
     told, out = report_of("all", "--conv", "torch", "triton", "--batch-size", 4, "--image-size", 64)
     for report in told["reports"]:

@@ -32,7 +32,7 @@ def losses(path):
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_the_first_steps_agree(optimizer, train_run, tmp_path, monkeypatch):
     recipe = dataclasses.replace(RECIPES["quick"], optimizer=optimizer, lr=RATES[optimizer])
     monkeypatch.setitem(RECIPES, "quick", recipe)

@@ -79,12 +79,12 @@ def stopping_after(steps: int, in_validation: bool = False):
 @pytest.mark.parametrize(
     ("steps", "in_validation"),
     [
-        pytest.param(0, False, id="before-the-first-step"),
+        pytest.param(0, False, id="before-the-first-step", marks=pytest.mark.slow),
         pytest.param(1, False, id="in-the-first-epoch"),
         pytest.param(4, True, id="in-the-first-validation"),
-        pytest.param(8, False, id="between-epochs"),
-        pytest.param(11, False, id="before-the-last-step"),
-        pytest.param(12, True, id="in-the-last-validation"),
+        pytest.param(8, False, id="between-epochs", marks=pytest.mark.slow),
+        pytest.param(11, False, id="before-the-last-step", marks=pytest.mark.slow),
+        pytest.param(12, True, id="in-the-last-validation", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(steps, in_validation, train_run, tiny_run, tmp_path):
@@ -256,7 +256,11 @@ def test_two_processes_killed_again_and_again_end_with_the_weights_of_uninterrup
     same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("tables", [(), ("steps.csv",), ("steps.csv", "metrics.csv")], ids=str)
+@pytest.mark.parametrize(
+    "tables",
+    [*(pytest.param(few, marks=pytest.mark.slow) for few in ((), ("steps.csv",))), ("steps.csv", "metrics.csv")],
+    ids=str,
+)
 def test_a_run_killed_before_its_first_checkpoint_starts_from_its_settings(tables, train_run, tiny_run, tmp_path):
     assert train_run(*tiny_run, "--out", "whole")[0] == 0
     (tmp_path / "early").mkdir()
