@@ -106,13 +106,6 @@ def test_so_do_convolutions_by_a_gpu_s_tiles(gpu_tiles):
     fuzz(assert_convolution, convolutions(), 5, 15)
 
 
-@pytest.mark.slow
-@settings(FIXED, max_examples=500)
-@given(convolutions(), SHIFTS, GRADIENTS)
-def test_so_do_more_random_convolutions(convolution, shift, layout):
-    assert_convolution(convolution, shift, layout)
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("number", "examples"), [(0, 3400), (1, 3300), (2, 3300)])

@@ -226,8 +226,12 @@ def test_torchvision_models_swapped_give_the_same_outputs(name, record_property)
     assert_swapped_alike(name, record_property)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in torchvision.models.list_models(torchvision.models) if n not in FEW])
+MORE = [name for name in torchvision.models.list_models(torchvision.models) if name not in FEW]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.soak][i % 2]) for i, name in enumerate(MORE)]
+)
 def test_every_torchvision_model_swapped_gives_the_same_outputs(name, record_property):
     assert_swapped_alike(name, record_property)
 

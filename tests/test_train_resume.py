@@ -231,7 +231,7 @@ STATEFUL = ("--ema", "0.9", "--recipe", "modern", "--limit-train", "64", "--limi
     [
         pytest.param("simplenet", 8, [6, 17], id="simplenet", marks=pytest.mark.slow),
         pytest.param("simplevit", 5, [2, 5, 11, 18], id="simplevit", marks=pytest.mark.slow),
-        pytest.param("customnet", 5, [1, 7, 10, 19], id="customnet", marks=pytest.mark.slow),
+        pytest.param("customnet", 5, [1, 7, 10, 19], id="customnet", marks=pytest.mark.soak),
     ],
 )
 def test_a_run_killed_again_and_again_ends_with_the_weights_of_an_uninterrupted_one(
