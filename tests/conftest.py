@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
 import reference
@@ -206,3 +207,24 @@ def gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             monkeypatch.setattr(tiles, name, lambda _, *a, _pick=pick, **k: _pick(gpu, *a, **k))
 
     return use
+
+
+@pytest.fixture(scope="session")
+def server() -> faults.Server:
+    """Forks commands that a fault is to reach."""
+    return faults.warm_server()
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two classes, for a cache to be built of."""
+    return faults.make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def cached(server: faults.Server, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The cache of them as one build makes it, by its files' names."""
+    folder = tmp_path_factory.mktemp("cached")
+    faults.run_whole(server, *faults.decoding(photos), folder=folder, setup=faults.SLOW_DECODING)
+    assert (folder / "log").stat().st_size == faults.PHOTOS
+    return faults.cache_bytes(folder)

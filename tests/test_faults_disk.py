@@ -20,9 +20,8 @@ from faults import (
     run_whole,
     small_disk,
     trained_once,
-    warm_server,
 )  # fmt: skip
-from test_train_resume import same_run
+from same_run import same_run
 
 import train.files
 import train.profiling
@@ -40,11 +39,6 @@ NEEDED = 8700  # KiB that a training takes at most; a little less is too little
 def disk(tmp_path):
     with small_disk(tmp_path / "disk", mib=16) as disk:
         yield disk
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return warm_server()
 
 
 # ---------------------------------------------------------------- training

@@ -22,21 +22,13 @@ from faults import (
     cache_bytes,
     decoding,
     leftovers,
-    make_photos,
     one_line,
     require_whole,
-    run_whole,
     trained_once,
-    warm_server,
 )
-from test_train_resume import same_run
+from same_run import same_run
 
 import train.batches
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return warm_server()
 
 
 def until(condition, *commands: Command) -> None:
@@ -190,19 +182,6 @@ def test_three_processes_and_the_death_of_one_make_one_cache(share, server, phot
     assert [one.code for one in ended.values()] == [0, 0], ended
     assert cache_bytes(tmp_path) == cached
     assert log.stat().st_size <= PHOTOS + os.cpu_count()
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return make_photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def cached(server, photos, tmp_path_factory):
-    """The cache as one build makes it."""
-    folder = tmp_path_factory.mktemp("cached")
-    run_whole(server, *decoding(photos), folder=folder, setup=SLOW_DECODING)
-    return cache_bytes(folder)
 
 
 @pytest.mark.slow

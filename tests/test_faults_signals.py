@@ -22,26 +22,17 @@ from faults import (
     SHORT_SWEEP,
     SLOW_DECODING,
     TINY,
-    Server,
     cache_bytes,
     decoding,
     leftovers,
-    make_photos,
     moments,
     one_line,
     require_whole,
     run_whole,
     strike,
     trained_once,
-    warm_server,
 )  # fmt: skip
-from test_train_resume import same_run
-
-
-@pytest.fixture(scope="module")
-def server() -> Server:
-    return warm_server()
-
+from same_run import same_run
 
 # ---------------------------------------------------------------- training
 
@@ -137,20 +128,6 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(module, share, tmp_path):
 
 
 # ---------------------------------------------------------------- the cache of decoded images
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return make_photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def cached(server, photos, tmp_path_factory):
-    """The cache as one build makes it."""
-    folder = tmp_path_factory.mktemp("cached")
-    run_whole(server, *decoding(photos), folder=folder, setup=SLOW_DECODING)
-    assert (folder / "log").stat().st_size == PHOTOS
-    return cache_bytes(folder)
 
 
 @pytest.mark.soak

@@ -15,7 +15,8 @@ from attacks.pgd import pgd
 from bench.measure.at_hand import NoGpu
 from bench.measure.predict import GPUS, MIB, Range
 from bench.measure.tracker import Tracker
-from train import shortage
+from train import memory, session, shortage
+from train.distributed import World
 from train.rehearsal import Step
 
 
@@ -124,6 +125,14 @@ def test_another_error_is_not_taken_for_it(train_run, monkeypatch):
     monkeypatch.setattr(models.SimpleNet, "forward", fail)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         train_run(*TRAINING, "--out", "run")
+
+
+def test_of_several_processes_each_validates_its_share_and_the_steps_images_are_of_all(make_trainer):
+    trainer = make_trainer(batch_size=6, eval_batch_size=256)
+    trainer.world = World(rank=0, size=2)
+    assert len(trainer.val) == 8
+    for phase, images in ((memory.VALIDATION, 4), (memory.TRAINING, 6)):
+        assert f"not enough memory for {images} images of 32 px at once" in session.describe_shortage(trainer, phase)
 
 
 def test_an_evaluation_does_too(train_run, on_a_gpu_of):

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import models
+from attacks.pgd import MOST_STEPS
 from models.files import is_plain, load_tensors
-from train.cli import UserError, printable
+from train.cli import LARGEST, UserError, printable
 from train.files import atomic_write
 from train.recipes import Settings
 
@@ -32,10 +33,10 @@ BEST, LAST = "best.pt", "last.pt"
 
 SETTINGS = get_type_hints(Settings)
 FINITE = (-sys.float_info.max, sys.float_info.max)
-# Least and greatest of what is counted or allocated by; all other numbers need only be finite. As train.run's flags.
-BOUNDS = dict.fromkeys(
-    ("epochs", "batch_size", "eval_batch_size", "limit_train", "limit_val", "adversarial_steps"), (1, 2**63 - 1)
-) | {"image_size": (8, 4096), "seed": (0, 2**63 - 1)}
+# Least and greatest of what is counted or allocated by; all other numbers need only be finite.
+BOUNDS = dict.fromkeys(("epochs", "batch_size", "eval_batch_size", "limit_train", "limit_val"), (1, LARGEST[int])) | {
+    "image_size": (8, 4096), "seed": (0, LARGEST[int]), "adversarial_steps": (1, MOST_STEPS),
+}
 PATHS = {"data", "cache", "start_from", "weights"}  # a file's name may hold anything
 
 # What each optimiser keeps of every parameter that it has moved.

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -80,7 +81,7 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
     usual, unraisable = usual_handlers(), sys.unraisablehook
     for signum in usual:
         signal.signal(signum, signal.default_int_handler)  # SIGTERM is as polite a request as Ctrl-C
-    sys.unraisablehook = interrupt_again
+    sys.unraisablehook = functools.partial(interrupt_again, unraisable)
     try:
         code, message = ending_of(lambda: main(parser.parse_args(argv)))
         if message is not None:
@@ -95,13 +96,16 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
         sys.exit(code)
 
 
-def interrupt_again(dropped: Any) -> None:
-    """Of an interrupt that came inside a finaliser or a weak reference's callback: Python would print and drop it."""
+def interrupt_again(usual: Callable[[Any], None], dropped: Any) -> None:
+    """Of an interrupt that came inside a finaliser or a weak reference's callback: Python would print and drop it.
+
+    `usual` is told of everything else.
+    """
     if issubclass(dropped.exc_type, KeyboardInterrupt):
         main = threading.main_thread().ident
         threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()  # when that callback has ended
     else:
-        sys.__unraisablehook__(dropped)
+        usual(dropped)
 
 
 def prepare_streams() -> None:

@@ -8,13 +8,13 @@ if __name__ == "__main__":  # before the seconds that importing torch takes
 import argparse
 import dataclasses
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 import models
 from attacks.objective import TARGETS
-from attacks.pgd import MOST_STEPS
 from train import checkpoint, session
 from train.cli import Parser, UserError, make_console, number, path, run_command
 from train.data import FASHION_MINI, default_image_size, source
@@ -81,8 +81,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ema", type=number(float, least=0, most=0.999999), metavar="X",
         help="decay a step of a moving average of the weights, which is then what is validated (0: none)")
     add("--flip-tta", action=on_off, help="validate on images and their mirror images")
-    side = number(int, least=8, most=4096)
-    add("--image-size", type=side, metavar="N", help="side of the images (Fashion-MNIST: 32, else 128)")
+    add("--image-size", type=bounded("image_size"), metavar="N",
+        help="side of the images (Fashion-MNIST: 32, else 128)")
     add("--limit-train", type=whole, metavar="N", help="use only N training images, evenly over the classes")
     add("--limit-val", type=whole, metavar="N", help="use only N validation images, evenly over the classes")
     add("--cache", type=path, metavar="DIR", help="where decoded images are kept (default: ~/.cache/conv-lab)")
@@ -97,12 +97,11 @@ def make_parser() -> argparse.ArgumentParser:
     size = number(float, least=0)
     add("--adversarial", nargs="?", const="least_likely", choices=TARGETS, metavar="TARGET",
         help="train on adversarial images of the weights as they are (see below)")
-    add("--adversarial-steps", type=number(int, above=0, most=MOST_STEPS), metavar="N",
+    add("--adversarial-steps", type=bounded("adversarial_steps"), metavar="N",
         help="steps of the attack (default: 5)")
     add("--adversarial-step-size", type=size, metavar="X", help="of one step, in normalised space (default: 0.01)")
     add("--adversarial-epsilon", type=size, metavar="X", help="largest change of a pixel, likewise (default: 0.1)")
-    seed = number(int, least=0, most=2**63 - 1)
-    add("--seed", type=seed, metavar="N", help="of weights, order and augmentation (default: 0)")
+    add("--seed", type=bounded("seed"), metavar="N", help="of weights, order and augmentation (default: 0)")
     add("--out", type=path, metavar="DIR", help="the run folder (default: runs/<model>-<conv>-<time>)")
     add("--resume", type=path, metavar="DIR",
         help="go on with the run in DIR, with the settings it began with; where its images lie elsewhere by now, "
@@ -182,6 +181,12 @@ def make_settings(typed: dict) -> Settings:
         if typed.get(name_of_none) == 0:
             typed[name_of_none] = None
     return dataclasses.replace(make_recipe(name, typed["model"], data, typed.get("weights")), **typed)
+
+
+def bounded(name: str) -> Callable[[str], int]:
+    """An argparse type: what the setting `name` can be."""
+    least, most = checkpoint.BOUNDS[name]
+    return number(int, least=least, most=most)
 
 
 def weights(text: str) -> str:

@@ -34,7 +34,7 @@ from train.report import (
     print_summary,
     summarise,
 )
-from train.run_folder import CONFIG, SUMMARY, differences, new_folder, read_run, the_only_one
+from train.run_folder import CONFIG, PLACES, SUMMARY, differences, new_folder, read_run, the_only_one
 
 
 def train_in(folder: Path, settings: Settings, console: Console, world: World) -> None:
@@ -51,7 +51,7 @@ def train_in(folder: Path, settings: Settings, console: Console, world: World) -
             begin(folder, settings, console, world, exact=True)
             return
         with begun(folder, world) as (theirs, saved):
-            if others := differences(theirs, settings) - {"cache", "device", "eval_batch_size"}:
+            if others := differences(theirs, settings) - (set(PLACES) - {"data"}):
                 raise UserError(f"{folder} holds a run of other settings: {', '.join(sorted(others))}; "
                                 "take another folder")
             if is_complete(folder, world):

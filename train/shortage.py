@@ -11,7 +11,7 @@ import torch
 
 from bench.measure.account import Account
 from bench.measure.at_hand import NoGpu, find_gpu
-from bench.measure.predict import GpuKind, Range, fits, in_mib, largest_batch, predict
+from bench.measure.predict import Range, fits, in_mib, largest_batch, predict
 from train.recipes import Settings
 from train.rehearsal import STEPS, Step, Training, rehearse
 
@@ -50,7 +50,8 @@ def describe(
     # Beside the step lie the images of the next, whole and as they are cropped: not more than twice the batch.
     besides += 2 * 3 * 4 * step.batch_size * size**2
     left = whole(max(0, free.low - besides))
-    told = f"{asked}; predicted are {in_mib(needed(account_of(step.batch_size), gpu, besides))}, free {in_mib(free)}"
+    needed = predict(account_of(step.batch_size), gpu).reserved + whole(besides)
+    told = f"{asked}; predicted are {in_mib(needed)}, free {in_mib(free)}"
     if fits(account_of(step.batch_size), gpu, pessimistic=True, room=left):
         return f"{told}: other processes may have taken it for a moment; try again, or take a smaller {flag}"
     if step.batch_size <= LEAST_IMAGES:
@@ -61,10 +62,6 @@ def describe(
     if largest == 0:
         return f"{told}, which is too little for {LEAST_IMAGES * processes}: take a smaller --image-size"
     return f"{told}; {flag} {largest * processes} is predicted to fit"
-
-
-def needed(account: Account, gpu: GpuKind, besides: int) -> Range:
-    return predict(account, gpu).reserved + whole(besides)
 
 
 def room(device: torch.device) -> Range:

@@ -25,10 +25,9 @@ from train.cli import Parser, UserError, number, path, run_command
 from train.files import atomic_write, write_json
 from train.loop import AMP_DTYPES
 from train.rehearsal import CONVOLUTIONS, NUM_CLASSES, STEPS, UNFUSED, Step, rehearse
+from train.shortage import LEAST_IMAGES
 
 ALL = "all"
-LEAST_IMAGES = 2
-"""A step of one image is refused by batch norms that have nothing to normalise by."""
 
 DESCRIPTION = """\
 Account for the memory of a training step (forward, loss, backward, the write-up's optimiser): by whom it is taken, for
