@@ -1,13 +1,15 @@
 """The machine's memory and the resident set, as the kernel tells them, and followed over a run."""
 
+import contextlib
 import dataclasses
 import json
+import mmap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench.measure.host import open_host
 from bench.measure.sampling import Recorder
@@ -22,6 +24,15 @@ def status(name: str) -> int:
     return 1024 * int(lines[name].split()[0])
 
 
+@contextlib.contextmanager
+def buffer() -> Iterator[None]:
+    """BUFFER bytes, touched, of a mapping of their own: an allocator may hand out what an earlier test has left."""
+    with mmap.mmap(-1, BUFFER) as memory:
+        for page in range(0, BUFFER, mmap.PAGESIZE):
+            memory[page] = 1
+        yield
+
+
 def test_the_resident_set_is_the_kernels():
     with open_host() as host:
         memory = host.memory()
@@ -33,9 +44,8 @@ def test_the_resident_set_is_the_kernels():
 def test_each_question_is_answered_anew():
     with open_host() as host:
         before = host.memory()
-        buffer = torch.ones(BUFFER, dtype=torch.uint8)
-        during = host.memory()
-        del buffer
+        with buffer():
+            during = host.memory()
         after = host.memory()
     assert during.process - before.process == pytest.approx(BUFFER, rel=0.05)
     assert after.process - before.process < BUFFER / 20
@@ -44,10 +54,9 @@ def test_each_question_is_answered_anew():
 def test_the_recorder_follows_it_phase_by_phase():
     with Recorder(open_device=open_host, period=0.001) as recorder:
         before = recorder.mark("before")
-        buffer = torch.ones(BUFFER, dtype=torch.uint8)
-        time.sleep(0.02)
-        during = recorder.mark("during")
-        del buffer
+        with buffer():
+            time.sleep(0.02)
+            during = recorder.mark("during")
         recorder.mark("freed")
         recorder.mark("after")
     recording = recorder.recording
@@ -65,9 +74,8 @@ def test_the_recorder_follows_it_phase_by_phase():
 def test_what_comes_and_goes_between_two_marks_is_seen():
     with Recorder(open_device=open_host, period=0.001) as recorder:
         first = recorder.recording.first
-        buffer = torch.ones(BUFFER, dtype=torch.uint8)
-        time.sleep(0.05)
-        del buffer
+        with buffer():
+            time.sleep(0.05)
         gone = recorder.mark("all")
     assert gone.process.peak - first.process == pytest.approx(BUFFER, rel=0.05)
     assert not [thread for thread in threading.enumerate() if thread.name == "memory-sampling"]
