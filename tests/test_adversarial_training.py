@@ -279,7 +279,7 @@ def test_accuracies_of_training_are_those_on_the_adversarial_images(train_run, t
         (["--adversarial", "--adversarial-epsilon", "-0.1"], ["--adversarial-epsilon", "-0.1 must be at least 0"]),
         (["--adversarial", "--adversarial-epsilon", "nan"], ["--adversarial-epsilon", "nan"]),
         (["--adversarial", "--adversarial-step-size", "-1"], ["--adversarial-step-size", "-1 must be at least 0"]),
-        (["--adversarial", "--adversarial-steps", "0"], ["--adversarial-steps", "0 must be above 0"]),
+        (["--adversarial", "--adversarial-steps", "0"], ["--adversarial-steps", "0 must be at least 1"]),
         (["--adversarial-steps", "3"], ["--adversarial-steps is for adversarial training: add --adversarial"]),
         (["--adversarial-step-size", "1"], ["--adversarial-step-size is for adversarial training"]),
         (["--adversarial-epsilon", "1"], ["--adversarial-epsilon is for adversarial training"]),
