@@ -22,7 +22,7 @@ from train.distributed import World
 from train.loop import Trainer
 from train.recipes import RECIPES
 
-BY_HAND = {"soak": "make soak", "report": "pytest -m report"}
+BY_HAND = {"soak": "make soak", "long": "pytest -m long"}
 """Markers of tests that run only when they are asked for, and by what."""
 
 

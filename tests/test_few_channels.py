@@ -446,14 +446,6 @@ def assert_the_stem_compiles(op, dtype, precision, arch) -> None:
 
 
 @pytest.mark.slow
-def test_the_stem_compiles_without_spills():
-    for arch in ("sm_75", "sm_80", "sm_90", "sm_120"):
-        for dtype in (torch.float16, torch.float32):
-            for op in OPERATIONS:
-                assert_the_stem_compiles(op, dtype, "ieee", arch)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", list(MULTIPROCESSORS))
 @pytest.mark.parametrize(
     ("dtype", "precision"),

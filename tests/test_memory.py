@@ -232,11 +232,11 @@ def test_help_fits_its_terminal_and_fills_it(memory_run, monkeypatch, columns):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("columns", [80, 120])
-def test_report_fits_its_terminal(memory_run, monkeypatch, columns):
+@pytest.mark.parametrize(("columns", "asked"), [(80, ("--fits", "t4")), (120, ())], ids=["80", "120"])
+def test_report_fits_its_terminal(memory_run, monkeypatch, columns, asked):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setitem(GPUS, "t4", dataclasses.replace(GPUS["t4"], total=4000))
-    _, out, _ = memory_run("simplenet", "--fits", "t4")
+    _, out, _ = memory_run("simplenet", *asked)
     assert max(map(len, out.splitlines())) <= columns
     assert "…" not in out
 

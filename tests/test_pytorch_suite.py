@@ -134,12 +134,19 @@ def test_module_inputs_agree(native, inputs, training):
     assert type(ours) is Conv2d
 
 
+# A lazy module is a Conv2d from its first call on, and a convolution has no mode: their derivatives are these.
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-@pytest.mark.parametrize(("native", "inputs", "training"), MODULE_INPUTS)
-def test_module_inputs_pass_gradcheck_and_gradgradcheck(native, inputs, training):
-    module = MODULES[native](*inputs.constructor_input.args, **inputs.constructor_input.kwargs, dtype=torch.float64)
-    module.train(training)(*inputs.forward_input.args)
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        pytest.param(inputs, id=parameter.id)
+        for parameter in MODULE_INPUTS
+        for native, inputs, training in (parameter.values,)
+        if native is nn.Conv2d and training
+    ],
+)
+def test_module_inputs_pass_gradcheck_and_gradgradcheck(inputs):
+    module = Conv2d(*inputs.constructor_input.args, **inputs.constructor_input.kwargs, dtype=torch.float64)
     assert module_gradchecks(module, *inputs.forward_input.args)
 
 

@@ -503,7 +503,7 @@ def test_the_page_stands_alone(tmp_path):
     assert not re.search(r"""(src|href)=["']?(http|//|/)""", page)
 
 
-@pytest.mark.report
+@pytest.mark.long
 def test_quick_gives_the_whole_report(tmp_path):
     """As a user runs it: every stage, no cell missing but for what no machine without a GPU can have."""
     process = subprocess.run(

@@ -226,14 +226,40 @@ def test_torchvision_models_swapped_give_the_same_outputs(name, record_property)
     assert_swapped_alike(name, record_property)
 
 
+# Seven minutes of a core for the larger members of families, whose smaller ones are among the rest.
+LARGE = (
+    "convnext_base", "convnext_large", "convnext_small", "densenet161", "densenet201", "efficientnet_b4",
+    "efficientnet_b5", "efficientnet_b6", "efficientnet_b7", "efficientnet_v2_l", "efficientnet_v2_m", "regnet_x_16gf",
+    "regnet_x_1_6gf", "regnet_x_32gf", "regnet_x_3_2gf", "regnet_x_8gf", "regnet_y_128gf", "regnet_y_16gf",
+    "regnet_y_1_6gf", "regnet_y_32gf", "regnet_y_3_2gf", "regnet_y_8gf", "resnext101_32x8d", "resnext101_64x4d",
+    "vit_h_14", "vit_l_16", "wide_resnet101_2",
+)  # fmt: skip
 MORE = [name for name in torchvision.models.list_models(torchvision.models) if name not in FEW]
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.soak][i % 2]) for i, name in enumerate(MORE)]
+    "name", [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long][name in LARGE]) for name in MORE]
 )
 def test_every_torchvision_model_swapped_gives_the_same_outputs(name, record_property):
     assert_swapped_alike(name, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in LARGE if not name.startswith("regnet")])
+def test_the_large_ones_swapped_take_and_give_the_same_shapes(name):
+    """At the size they are made for, without weights; RegNets work out their widths in tensors, which need values."""
+    shapes = []
+    with torch.device("meta"):
+        model, x = torchvision.models.get_model(name, weights=None).eval(), torch.empty(2, 3, 224, 224)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, inputs, y: shapes.append((inputs[0].shape, y.shape)))
+    model(x)
+    expected, shapes = shapes, []
+    swap_conv2d(model)
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Conv2d)} == {Conv2d}
+    model(x)
+    assert shapes == expected
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])

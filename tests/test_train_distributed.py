@@ -153,7 +153,7 @@ def test_a_batch_that_does_not_split_evenly_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_a_mistyped_flag_is_told_once(tmp_path):
-    code, _, err = finish(torchrun(tmp_path, "simplenet", "--batch-size", "none", restarts=1))
+    code, _, err = finish(torchrun(tmp_path, "simplenet", "--batch-size", "none"))
     assert code != 0
     assert len(our_lines(err)) == 1
 
@@ -184,8 +184,7 @@ def kill_worker(process: subprocess.Popen, rank: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("out", ["run", None], ids=["named-folder", "default-folder"])
+@pytest.mark.parametrize(("rank", "out"), [(0, "run"), (1, None)], ids=["named-folder", "default-folder"])
 def test_torchruns_restart_goes_on_by_itself(rank, out, tmp_path):
     arguments = ("simplenet", *COMMON, "--epochs", "12")
     code, _, err = finish(torchrun(tmp_path, *arguments, "--out", "whole"))

@@ -86,7 +86,7 @@ def test_adversarial_training_resumed_inside_an_epoch_ends_as_uninterrupted(mode
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(name, train_run, tiny_run, tmp_path):
-    many = (*tiny_run, "--epochs", "40", "--limit-val", "10")
+    many = (*tiny_run, "--epochs", "15", "--limit-val", "10")
     assert train_run(*many, "--out", "whole")[0] == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "train.run", *many, "--out", str(tmp_path / "stopped")],
@@ -198,7 +198,7 @@ STATEFUL = ("--ema", "0.9", "--recipe", "modern", "--limit-train", "64", "--limi
     ("model", "epochs", "kills"),
     [
         pytest.param("simplenet", 8, [6, 17], id="simplenet", marks=pytest.mark.slow),
-        pytest.param("simplevit", 5, [2, 5, 11, 18], id="simplevit", marks=pytest.mark.slow),
+        pytest.param("simplevit", 5, [5, 18], id="simplevit", marks=pytest.mark.slow),
         pytest.param("customnet", 5, [1, 7, 10, 19], id="customnet", marks=pytest.mark.soak),
     ],
 )
@@ -217,7 +217,7 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_of_an_uninterrupted_
 def test_two_processes_killed_again_and_again_end_with_the_weights_of_uninterrupted_ones(tmp_path):
     begin = ["simplevit", "--conv", "torch", "--device", "cpu", "--epochs", "4", "--batch-size", "16", *STATEFUL]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    kills = [3, 9, 14]
+    kills = [3, 14]
     kill_and_resume(launcher, begin, tmp_path / "whole", [])
     held = kill_and_resume(launcher, begin, tmp_path / "killed", kills)
     require_progress(held, kills, steps=16, steps_per_epoch=4)
