@@ -47,7 +47,7 @@ def listing(*opcodes: str, begin: int = 0, back: bool = True, operands: str = "R
 
 
 def code_of(*opcodes: str, back: bool = True) -> Code:
-    return Code(parse(listing(*opcodes, back=back)), registers=64, stack_bytes=0, shared_bytes=0)
+    return Code(instructions=parse(listing(*opcodes, back=back)), registers=64, stack_bytes=0, shared_bytes=0)
 
 
 def launch_of(name: str, grid: tuple[int, int], **arguments: object) -> SimpleNamespace:
@@ -413,7 +413,7 @@ def test_multiply_adds_outside_the_loop_are_not_asked_of_it():
     """Half of a program of two passes is done before the loop: one pass is left."""
     text = listing("HMMA.16816.F32", back=False).replace("EXIT", "NOP")
     text += "\n" + listing("HMMA.16816.F32", "IADD3", begin=0x20)
-    code = Code(parse(text), registers=64, stack_bytes=0, shared_bytes=0)
+    code = Code(instructions=parse(text), registers=64, stack_bytes=0, shared_bytes=0)
     found = bound(A100, equal_programs(108, 2 * 4 * 2048), code, warps=4, tile=(16, 16, 16), dtype=FP16)
     assert found.parts[ISSUE] == pytest.approx(3 * 4 / 4 / 1.41e9)
 
@@ -465,7 +465,7 @@ def test_ffma_loops_multiply_on_fma_units_and_a_sum_is_bound_by_memory():
 def test_accumulators_of_sm_100_share_tensor_memory(columns, blocks, limit):
     metadata = SimpleNamespace(num_warps=4, shared=0, tmem_size=columns)
     launch = SimpleNamespace(kernel=SimpleNamespace(metadata=metadata), arguments={})
-    code = Code((), registers=32, stack_bytes=0, shared_bytes=0)
+    code = Code(instructions=(), registers=32, stack_bytes=0, shared_bytes=0)
     held = held_by(GPUS["sm_100"], launch, code)
     assert (held.blocks, held.limit, held.share) == (blocks, limit, blocks * 4 / 64)
 

@@ -66,10 +66,9 @@ def assert_compiles(op, convolution, dtype, precision, arch):
 
 def assert_fits(kernel, arch, *, may_spill=False):
     assert kernel.metadata.target.arch == int(arch.removeprefix("sm_"))
-    code = sass.read(kernel.asm["cubin"])
-    assert code.registers > 0
-    spilled = f"{kernel.metadata.name} spills {code.spills} times, {code.stack_bytes} bytes"
-    assert code.spills == code.stack_bytes == 0 or may_spill, spilled
+    asked = sass.usage(kernel.asm["cubin"])
+    assert asked.registers > 0
+    assert asked.stack_bytes == 0 or may_spill, f"{kernel.metadata.name} spills {asked.stack_bytes} bytes"
     # What a block may have: 64 KiB on T4, 163 on A100, 227 on H100, 99 on consumer Ampere, Ada and Blackwell.
     assert kernel.metadata.shared <= {"sm_75": 64, "sm_80": 163, "sm_90": 227, "sm_120": 99}[arch] * 1024
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.measure.sass import OTHER, Code, Instruction, Loop, innermost, parse, read
+from bench.measure.sass import OTHER, Code, Instruction, Loop, innermost, parse, read, usage
 from kernels import tiles
 from kernels.geometry import ConvGeometry
 from kernels.runtime import MULTIPROCESSORS, Target, compile_ahead
@@ -152,7 +152,7 @@ def test_the_main_loop_is_the_one_that_multiplies_most():
     found = listing(
         "FFMA R1, R2, R3, R1", "@P0 BRA 0x0", "FFMA R1, R2, R3, R1", "FFMA R1, R2, R3, R1", "@P0 BRA 0x20", "EXIT",
     )  # fmt: skip
-    code = Code(found, registers=32, stack_bytes=0, shared_bytes=0)
+    code = Code(instructions=found, registers=32, stack_bytes=0, shared_bytes=0)
     assert addresses(code.main_loop) == [0x20, 0x30, 0x40]
 
 
@@ -186,12 +186,25 @@ def test_spills_are_seen_and_an_unrolled_loop_is_the_whole_kernel():
         f"        /*00{place}0*/                   {opcode} R1, R2 ;"
         for place, opcode in enumerate(("STL", "FFMA", "FFMA", "LDL.LU", "EXIT"))
     )
-    code = Code(parse(listing), registers=255, stack_bytes=4, shared_bytes=0)
+    code = Code(instructions=parse(listing), registers=255, stack_bytes=4, shared_bytes=0)
     assert code.spills == 2
     assert code.main_loop is None
     assert (code.worked.multiply_adds, code.worked.others) == (64, 3)
 
 
-def test_what_is_no_kernel_is_refused():
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+def test_a_kernel_has_a_stack_where_it_spills(arch, monkeypatch):
+    """So the tests that compile for every GPU ask for the stack alone."""
+    for size, spills in ((16, False), (128, True)):  # accumulators of a thread: 32, and more than it has registers
+        tile = tiles.Tile(M=size, N=64, K=16, num_warps=1, num_stages=1)
+        monkeypatch.setattr(tiles, "candidates", lambda *_, tile=tile: (tile,))
+        (kernel,) = compile_ahead("forward", *SHAPES, padding=1, dtype=torch.float32, arch=arch)
+        asked, code = usage(kernel.asm["cubin"]), read(kernel.asm["cubin"])
+        assert (asked.stack_bytes > 0, code.spills > 0) == (spills, spills)
+        assert (asked.registers, asked.shared_bytes) == (code.registers, code.shared_bytes)
+
+
+@pytest.mark.parametrize("reading", [read, usage])
+def test_what_is_no_kernel_is_refused(reading):
     with pytest.raises(ValueError, match="no kernel"):
-        read(b"not a cubin")
+        reading(b"not a cubin")

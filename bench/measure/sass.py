@@ -225,16 +225,22 @@ class Loop:
 
 
 @dataclass(frozen=True)
-class Code:
-    """One kernel's machine code and what it asks of a multiprocessor."""
+class Usage:
+    """What a kernel asks of a multiprocessor."""
 
-    instructions: tuple[Instruction, ...]
     registers: int
     """Of a thread."""
     stack_bytes: int
-    """Of a thread: registers that are spilled, and arrays."""
+    """Of a thread: registers that are spilled, and arrays. Without it nothing spills."""
     shared_bytes: int
     """Of a block, what the compiler itself allots; Triton asks for its own at the launch (`metadata.shared`)."""
+
+
+@dataclass(frozen=True)
+class Code(Usage):
+    """One kernel's machine code, and what it asks of a multiprocessor."""
+
+    instructions: tuple[Instruction, ...]
 
     @property
     def spills(self) -> int:
@@ -309,19 +315,23 @@ def parse(listing: str) -> tuple[Instruction, ...]:
 @lru_cache(maxsize=64)  # layers share their second passes, and whole kernels
 def read(cubin: bytes) -> Code:
     """The code of a cubin with one kernel, as Triton's are. Raises ValueError where the disassembler finds none."""
+    asked, instructions = usage(cubin), parse(_told("-sass", cubin))
+    if not instructions:
+        raise ValueError("cuobjdump finds no kernel in it")
+    return Code(**vars(asked), instructions=instructions)
+
+
+def usage(cubin: bytes) -> Usage:
+    """What the kernel of a cubin asks for, without disassembling it. Raises ValueError where there is none."""
+    told = dict(re.findall(r"\b([A-Z]+):(\d+)", _told("-res-usage", cubin)))
+    if "REG" not in told:
+        raise ValueError("cuobjdump finds no kernel in it")
+    return Usage(registers=int(told["REG"]), stack_bytes=int(told["STACK"]), shared_bytes=int(told["SHARED"]))
+
+
+def _told(flag: str, cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        listing = _run("-sass", file)
-        usage = dict(re.findall(r"\b([A-Z]+):(\d+)", _run("-res-usage", file)))
-    instructions = parse(listing)
-    if not instructions or "REG" not in usage:
-        raise ValueError("cuobjdump finds no kernel in it")
-    return Code(
-        instructions, registers=int(usage["REG"]), stack_bytes=int(usage["STACK"]), shared_bytes=int(usage["SHARED"])
-    )
-
-
-def _run(flag: str, file: Path) -> str:
-    run = subprocess.run([CUOBJDUMP, flag, file], capture_output=True, text=True)
+        run = subprocess.run([CUOBJDUMP, flag, file], capture_output=True, text=True)
     return run.stdout + run.stderr
