@@ -24,6 +24,10 @@ class Interrupted:
         os.kill(os.getpid(), signal.SIGINT)
         1 + 1
 
+class Late:
+    def __del__(self):
+        raise RuntimeError("late")
+
 def command(arguments):
     if arguments.how == "write":
         sys.stdout.write(arguments.text)
@@ -32,6 +36,8 @@ def command(arguments):
     elif arguments.how == "finalise":
         Interrupted()
         time.sleep(60)
+    elif arguments.how == "fail at the end":
+        Late()
     elif arguments.how == "print":
         make_console().print(arguments.text)
     else:
@@ -50,11 +56,13 @@ ENCODINGS = ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE
 each_encoding = pytest.mark.parametrize("variables", ENCODINGS, ids=["ascii", "C"])
 
 
-def tiny(*arguments: str | bytes, stdout: int | None = subprocess.PIPE, **variables: str) -> tuple[int, bytes, bytes]:
+def tiny(
+    *arguments: str | bytes, stdout: int | None = subprocess.PIPE, stderr: int = subprocess.PIPE, **variables: str
+) -> tuple[int, bytes, bytes]:
     """(exit code, stdout, stderr) of COMMAND as a process of its own; stdout None is a closed one."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LC_", "LANG"))}
     ended = subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments], cwd=ROOT, env=environment | variables, stderr=subprocess.PIPE,
+        [sys.executable, "-c", COMMAND, *arguments], cwd=ROOT, env=environment | variables, stderr=stderr,
         stdout=stdout, preexec_fn=(lambda: os.close(1)) if stdout is None else None, timeout=60,
     )  # fmt: skip
     return ended.returncode, ended.stdout, ended.stderr
@@ -83,6 +91,12 @@ def test_output_that_a_full_disk_refuses_is_told_in_one_line(arguments):
     with open("/dev/full", "wb") as full:
         code, _, told = tiny(*arguments, stdout=full.fileno())
     assert (code, told) == (2, b"tiny: error: stdout: No space left on device\n")
+
+
+@pytest.mark.parametrize("arguments", [["open", "x"], ["too few"]], ids=["mistake", "usage"])
+def test_where_stderr_is_full_the_exit_code_tells(arguments):
+    with open("/dev/full", "wb") as full:
+        assert tiny(*arguments, stderr=full.fileno())[0] == 2
 
 
 def test_a_closed_stdout_takes_everything():
@@ -156,3 +170,10 @@ def test_a_request_to_stop_is_one_line(arguments):
         [sys.executable, "-c", COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=30
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "tiny: error: interrupted\n")
+
+
+def test_what_else_a_finaliser_raises_is_told_as_ever():
+    code, out, told = tiny("fail at the end", "x")
+    assert (code, out) == (0, b"")
+    assert b"Exception ignored in" in told
+    assert b"RuntimeError: late" in told

@@ -168,6 +168,12 @@ def test_what_would_fit_was_taken_by_others(monkeypatch):
     assert "other processes may have taken it for a moment; try again, or take a smaller --batch-size" in told
 
 
+def test_the_room_is_what_is_free_and_what_pytorch_holds_already(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300 * MIB, 1000 * MIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 200 * MIB)
+    assert shortage.room(torch.device("cuda")) == Range(500 * MIB, 500 * MIB)
+
+
 def test_where_no_batch_fits_the_images_are_too_large(monkeypatch):
     monkeypatch.setattr(shortage, "find_gpu", lambda device: GPUS["t4"])
     monkeypatch.setattr(shortage, "room", lambda device: Range(MIB, MIB))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import small_disk
 from same_run import rows, same_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -301,6 +302,22 @@ def stopped(train_run, tiny_run, tmp_path):
     with stopping_after(6):
         assert train_run(*tiny_run, "--out", "stopped")[0] == 2
     return tmp_path / "stopped"
+
+
+def test_temporary_files_of_a_killed_run_are_gone_when_it_goes_on(stopped, train_run):
+    (stopped / ".last.pt.1234.tmp").write_bytes(b"half a checkp")
+    assert train_run("--resume", stopped)[0] == 0
+    assert not list(stopped.glob(".*"))
+
+
+def test_a_full_disk_shows_itself_before_a_step_is_made(stopped, train_run, tmp_path):
+    with small_disk(tmp_path / "disk", mib=32) as disk:
+        folder = shutil.copytree(stopped, disk.path / "run")
+        disk.leave(0)
+        code, out, err = train_run("--resume", folder)
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.endswith("No space left on device\n")
+        assert "going on after step" not in out
 
 
 def test_rows_beyond_the_checkpoint_are_dropped(stopped, train_run):

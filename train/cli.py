@@ -13,7 +13,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from rich.console import Console
 
@@ -84,10 +84,8 @@ def run_command(parser: argparse.ArgumentParser, main: Callable[[argparse.Namesp
     sys.unraisablehook = functools.partial(interrupt_again, unraisable)
     try:
         code, message = ending_of(lambda: main(parser.parse_args(argv)))
-        if message is not None:
-            with contextlib.suppress(OSError):  # stderr may be full or gone: the exit code is left to tell
-                sys.stderr.write(error_line(parser.prog, message))
-                sys.stderr.flush()  # before signals may end the process again
+        # Before signals may end the process again. Where stderr is full or gone, the exit code is left to tell.
+        flush(sys.stderr, "" if message is None else error_line(parser.prog, message))
     finally:
         sys.unraisablehook = unraisable
         for signum, handler in usual.items():
@@ -128,19 +126,19 @@ def ending_of(work: Callable[[], None]) -> tuple[Any, str | None]:
         code, message = stop.code, None
     except OSError as error:
         nameless, code, message = True, 2, str(error)
-    lost = flush_stdout("\n" if nameless else "")  # a stdout that failed once, and not in flush, fails again
+    lost = flush(sys.stdout, "\n" if nameless else "")  # a stdout that failed once, and not in flush, fails again
     if lost is None or (message is not None and not nameless):
         return code, message
     return (1, None) if isinstance(lost, BrokenPipeError) else (2, f"stdout: {lost.strerror}")
 
 
-def flush_stdout(more: str) -> OSError | None:
-    """Why what stdout still held, and `more`, is lost, if it is: at the interpreter's end that were a traceback."""
+def flush(stream: TextIO, more: str) -> OSError | None:
+    """Why what `stream` still held, and `more`, is lost, if it is: at its end the interpreter would exit 120 for it."""
     try:
-        sys.stdout.write(more)
-        sys.stdout.flush()
+        stream.write(more)
+        stream.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return error
     return None
 
