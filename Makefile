@@ -25,15 +25,15 @@ $(READY): pyproject.toml
 train: $(READY)  ## train SimpleNet on the embedded images through the Triton kernels
 	$(BIN)/python -m train.run simplenet --conv triton
 
-# Two workers share two cores: one thread each, or they fight over both.
+# Two workers share two cores: one thread each, or they fight over both; whoever is done takes tests from the other.
 test: $(READY)  ## the tests that together take a few minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(READY)  ## the tests marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-soak: $(READY)  ## the long fuzz and the faults at random moments, twenty minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m soak
+soak: $(READY)  ## the long fuzz and the faults at random moments, up to twenty minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m soak
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
