@@ -25,13 +25,14 @@ $(READY): pyproject.toml
 train: $(READY)  ## train SimpleNet on the embedded images through the Triton kernels
 	$(BIN)/python -m train.run simplenet --conv triton
 
-# Two workers share two cores: one thread each, or they fight over both; whoever is done takes tests from the other.
+# Two workers share two cores: one thread each, or they fight over both.
 test: $(READY)  ## the tests that together take a few minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(READY)  ## the tests marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
+# Its longest tests are of one file: whoever is done takes tests from the other.
 soak: $(READY)  ## the long fuzz and the faults at random moments, up to twenty minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m soak
 
